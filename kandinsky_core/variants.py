@@ -123,3 +123,208 @@ class Variant:
     clip_tokens: int = 77
     repo: str = ""  # where the file is published
     tags: tuple[str, ...] = field(default=())  # sft, pretrain, nocfg, distilled, sd, hd, 5s, 10s
+
+
+HUNYUAN_VAE = VAESpec(kind="hunyuan", scaling_factor=0.476986)
+FLUX_VAE = VAESpec(kind="flux", scaling_factor=0.3611)  # the published shift 0.1159 is not used by Kandinsky
+
+VIDEO_LITE = CrossDiTSpec(
+    model_dim=1792, ff_dim=7168, time_dim=512, num_text_blocks=2, num_visual_blocks=32,
+    axes_dims=(16, 24, 24), visual_cond=True,
+)  # fmt: skip
+IMAGE_T2I = CrossDiTSpec(
+    model_dim=2560, ff_dim=10240, time_dim=512, num_text_blocks=2, num_visual_blocks=50, axes_dims=(32, 48, 48)
+)
+IMAGE_EDIT = replace(IMAGE_T2I, instruct_type="channel")
+VIDEO_PRO = CrossDiTSpec(
+    model_dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60,
+    axes_dims=(32, 48, 48), visual_cond=True,
+)  # fmt: skip
+
+SD_ROPE = (1.0, 2.0, 2.0)
+HD_ROPE = (1.0, 3.16, 3.16)  # 3.16 literally, not sqrt(10)
+IMAGE_ROPE = (1.0, 1.0, 1.0)
+
+# Schedule shifts follow the published usage notes: 5 for five-second text-to-video, 10 for ten seconds and
+# image-to-video, 3 for images. The configuration files carry a value that no released code reads.
+_LITE_5S = Variant(
+    name="lite_t2v_5s_sft",
+    title="Video Lite 2B, text to video, 5 s",
+    family="lite_video",
+    tasks=("t2v", "t2i"),
+    files=("kandinsky5lite_t2v_sft_5s.safetensors",),
+    repo="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s",
+    tags=("sft", "5s", "sd"),
+    spec=VIDEO_LITE,
+    vae=HUNYUAN_VAE,
+    steps=50,
+    guidance=5.0,
+    shift=5.0,
+    qwen_tokens=256,
+    rope_scale=SD_ROPE,
+    sizes=((512, 768), (512, 512), (768, 512)),
+    frames=(121,),
+    negative=VIDEO_NEGATIVE,
+)
+_LITE_10S = replace(
+    _LITE_5S,
+    name="lite_t2v_10s_sft",
+    title="Video Lite 2B, text to video, 10 s",
+    files=("kandinsky5lite_t2v_sft_10s.safetensors",),
+    repo="kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s",
+    tags=("sft", "10s", "sd"),
+    shift=10.0,
+    frames=(241,),
+    attention=nabla(0.9),
+)
+_PRO_5S_SD = replace(
+    _LITE_5S,
+    name="pro_t2v_5s_sd",
+    title="Video Pro 19B, text to video, 5 s, SD",
+    family="pro_video",
+    files=("kandinsky5pro_t2v_sft_5s.safetensors",),
+    repo="kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s",
+    spec=VIDEO_PRO,
+)
+_HD = dict(rope_scale=HD_ROPE, sizes=((768, 1280), *(s for s in SIZES_1024 if s != (768, 1280))))
+_T2I = Variant(
+    name="lite_t2i",
+    title="Image Lite 6B, text to image",
+    family="lite_t2i",
+    tasks=("t2i",),
+    files=("kandinsky5lite_t2i.safetensors",),
+    repo="kandinskylab/Kandinsky-5.0-T2I-Lite",
+    tags=("sft", "hd"),
+    spec=IMAGE_T2I,
+    vae=FLUX_VAE,
+    steps=50,
+    guidance=3.5,
+    shift=3.0,
+    qwen_tokens=512,
+    rope_scale=IMAGE_ROPE,
+    sizes=SIZES_1024,
+    frames=(1,),
+)
+
+
+def _row(base: Variant, name: str, title: str, files: str, repo: str, tags: str, **changes: object) -> Variant:
+    return replace(
+        base, name=name, title=title, files=(files,), repo=f"kandinskylab/{repo}", tags=tuple(tags.split()), **changes
+    )
+
+
+# The nano family is built in: same classes, trained from nothing by kandinsky_core.nano.
+NANO_VIDEO = CrossDiTSpec(
+    model_dim=128, ff_dim=512, time_dim=128, num_text_blocks=1, num_visual_blocks=4, axes_dims=(8, 12, 12),
+    in_text_dim=96, in_text_dim2=64, visual_cond=True,
+)  # fmt: skip
+NANO_VAE = VAESpec(
+    kind="hunyuan", scaling_factor=1.0, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
+)
+
+_ROWS = (
+    _LITE_5S,
+    _row(
+        _LITE_5S, "lite_t2v_5s_pretrain", "Video Lite 2B, text to video, 5 s, pre-trained",
+        "kandinsky5lite_t2v_pretrain_5s.safetensors", "Kandinsky-5.0-T2V-Lite-pretrain-5s", "pretrain 5s sd",
+    ),
+    _row(
+        _LITE_5S, "lite_t2v_5s_nocfg", "Video Lite 2B, text to video, 5 s, guidance-distilled",
+        "kandinsky5lite_t2v_nocfg_5s.safetensors", "Kandinsky-5.0-T2V-Lite-nocfg-5s", "nocfg 5s sd", guidance=1.0,
+    ),
+    _row(
+        _LITE_5S, "lite_t2v_5s_distilled16", "Video Lite 2B, text to video, 5 s, 16 steps",
+        "kandinsky5lite_t2v_distilled16steps_5s.safetensors", "Kandinsky-5.0-T2V-Lite-distilled16steps-5s",
+        "distilled 5s sd", guidance=1.0, steps=16,
+    ),
+    _LITE_10S,
+    _row(
+        _LITE_10S, "lite_t2v_10s_pretrain", "Video Lite 2B, text to video, 10 s, pre-trained",
+        "kandinsky5lite_t2v_pretrain_10s.safetensors", "Kandinsky-5.0-T2V-Lite-pretrain-10s", "pretrain 10s sd",
+    ),
+    _row(
+        _LITE_10S, "lite_t2v_10s_nocfg", "Video Lite 2B, text to video, 10 s, guidance-distilled",
+        "kandinsky5lite_t2v_nocfg_10s.safetensors", "Kandinsky-5.0-T2V-Lite-nocfg-10s", "nocfg 10s sd", guidance=1.0,
+    ),
+    _row(
+        _LITE_10S, "lite_t2v_10s_distilled16", "Video Lite 2B, text to video, 10 s, 16 steps",
+        "kandinsky5lite_t2v_distilled16steps_10s.safetensors", "Kandinsky-5.0-T2V-Lite-distilled16steps-10s",
+        "distilled 10s sd", guidance=1.0, steps=16,
+    ),
+    _row(
+        _LITE_5S, "lite_i2v_5s", "Video Lite 2B, image to video, 5 s",
+        "kandinsky5lite_i2v_5s.safetensors", "Kandinsky-5.0-I2V-Lite-5s", "sft 5s sd",
+        tasks=("i2v",), shift=10.0, first_frame_norm=True,
+    ),
+    _PRO_5S_SD,
+    _row(
+        _PRO_5S_SD, "pro_t2v_5s_hd", "Video Pro 19B, text to video, 5 s, HD",
+        "kandinsky5pro_t2v_sft_5s.safetensors", "Kandinsky-5.0-T2V-Pro-sft-5s", "sft 5s hd",
+        attention=nabla(0.8), **_HD,
+    ),
+    _row(
+        _PRO_5S_SD, "pro_t2v_5s_pretrain", "Video Pro 19B, text to video, 5 s, pre-trained",
+        "kandinsky5pro_t2v_pretrain_5s.safetensors", "Kandinsky-5.0-T2V-Pro-pretrain-5s", "pretrain 5s sd",
+    ),
+    _row(
+        _PRO_5S_SD, "pro_t2v_10s_sd", "Video Pro 19B, text to video, 10 s, SD",
+        "kandinsky5pro_t2v_sft_10s.safetensors", "Kandinsky-5.0-T2V-Pro-sft-10s", "sft 10s sd",
+        frames=(241,), attention=nabla(0.9),
+    ),
+    _row(
+        _PRO_5S_SD, "pro_t2v_10s_hd", "Video Pro 19B, text to video, 10 s, HD",
+        "kandinsky5pro_t2v_sft_10s.safetensors", "Kandinsky-5.0-T2V-Pro-sft-10s", "sft 10s hd",
+        frames=(241,), attention=nabla(0.7), **_HD,
+    ),
+    _row(
+        _PRO_5S_SD, "pro_t2v_10s_pretrain", "Video Pro 19B, text to video, 10 s, pre-trained",
+        "kandinsky5pro_t2v_pretrain_10s.safetensors", "Kandinsky-5.0-T2V-Pro-pretrain-10s", "pretrain 10s sd",
+        frames=(241,), attention=nabla(0.9),
+    ),
+    _row(
+        _PRO_5S_SD, "pro_i2v_5s_sd", "Video Pro 19B, image to video, 5 s, SD",
+        "kandinsky5pro_i2v_sft_5s.safetensors", "Kandinsky-5.0-I2V-Pro-sft-5s", "sft 5s sd",
+        tasks=("i2v",), shift=10.0, first_frame_norm=True,
+    ),
+    _row(
+        _PRO_5S_SD, "pro_i2v_5s_hd", "Video Pro 19B, image to video, 5 s, HD",
+        "kandinsky5pro_i2v_sft_5s.safetensors", "Kandinsky-5.0-I2V-Pro-sft-5s", "sft 5s hd",
+        tasks=("i2v",), attention=nabla(0.8), first_frame_norm=True, **_HD,
+    ),
+    _T2I,
+    _row(
+        _T2I, "lite_t2i_pretrain", "Image Lite 6B, text to image, pre-trained",
+        "kandinsky5lite_t2i_pretrain.safetensors", "Kandinsky-5.0-T2I-Lite-pretrain", "pretrain hd",
+    ),
+    _row(
+        _T2I, "lite_i2i", "Image Lite 6B, image editing",
+        "kandinsky5lite_i2i.safetensors", "Kandinsky-5.0-I2I-Lite", "sft hd",
+        family="lite_i2i", tasks=("i2i", "t2i"), spec=IMAGE_EDIT,
+    ),
+    _row(
+        _T2I, "lite_i2i_pretrain", "Image Lite 6B, image editing, pre-trained",
+        "kandinsky5lite_i2i_pretrain.safetensors", "Kandinsky-5.0-I2I-Lite-pretrain", "pretrain hd",
+        family="lite_i2i", tasks=("i2i", "t2i"), spec=IMAGE_EDIT,
+    ),
+    Variant(
+        name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
+        tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
+        spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=3.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
+        sizes=((64, 64),), frames=(17,), fps=8,
+    ),
+)  # fmt: skip
+
+VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
+
+
+def variant(name: str) -> Variant:
+    """The row called `name`; an unknown name raises `VariantError` with the legal ones."""
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        raise VariantError(f"Unknown variant {name!r}. Known: {', '.join(VARIANTS)}.") from None
+
+
+def family(name: str) -> tuple[Variant, ...]:
+    """All rows that share one architecture, the default row first."""
+    return tuple(row for row in _ROWS if row.family == name)
