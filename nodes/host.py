@@ -1,0 +1,172 @@
+"""The door to the host: everything a node needs from ComfyUI, or from nothing, behind one small interface.
+
+Nodes call `host()` and never import `comfy`. `host_comfy.ComfyHost` answers inside ComfyUI, `host_standalone.StandaloneHost`
+everywhere else. Socket values are the host's own: in ComfyUI they are core's MODEL, CLIP and VAE objects, standalone they
+are plain handles. CONDITIONING and LATENT have core's structure under both hosts (see docs/architecture.md).
+
+Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..kandinsky_core.variants import Variant
+from .comfy_io import INSIDE_COMFYUI
+
+Conditioning = list[list[Any]]  # [[features [1,L,D], {"pooled_output": [1,P], ...}]]
+Latent = dict[str, Any]  # {"samples": raw autoencoder latents, ...}
+
+DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")  # how weights are held; "auto": the host decides
+
+# Conditioning keys of a known start (core's names, so that core's KSampler reads them too).
+KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
+KNOWN_MASK = "concat_mask"  # [1,1,T,h,w]: 0 where known, 1 where generated
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A MODEL with what its file was recognised as."""
+
+    model: Any
+    variant: Variant
+    report: str  # one or several lines for the user: variant, how it was recognised, the preset, hints
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """CONDITIONING of one prompt with its token count."""
+
+    conditioning: Conditioning
+    tokens: int
+    dropped: int  # tokens cut off because the prompt was longer than the variant takes
+    note: str = ""  # what a user should know (for example: another implementation's template was used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One sampling run; everything is resolved, no presets are left."""
+
+    positive: Conditioning
+    negative: Conditioning | None  # None: no second pass (guidance is 1)
+    latent: Latent  # raw latents [B,16,T,H,W] or [B,16,H,W]; zeros mean "start from noise"
+    seed: int
+    sigmas: Tensor  # [steps + 1] float32, descending from ≤ 1 to 0
+    guidance: float
+    sampler_name: str = "euler"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A progress bar of the host. `tick(done)` raises the host's interruption when the user cancelled."""
+
+    tick: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class VAEFacts:
+    """What nodes must know about a VAE of either origin."""
+
+    kind: str  # "hunyuan" (video) or "flux" (image)
+    own: bool = field(default=True)  # False: loaded by ComfyUI's own node
+
+
+class Host(ABC):
+    """What a host offers to the nodes. Every method may raise `KandinskyError` with a message for the user."""
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def filenames(self, folder: str) -> list[str]:
+        """Names (with subfolders, '/' separated) of the model files under ComfyUI's folder key `folder`, sorted."""
+
+    @abstractmethod
+    def folders(self, folder: str) -> list[str]:
+        """Names of model *folders* (they hold a config.json) under the folder key `folder`, sorted."""
+
+    @abstractmethod
+    def locate(self, folder: str, name: str) -> Path | None:
+        """Return the file or model folder that `name` means, or None; never a path outside the configured folders."""
+
+    @abstractmethod
+    def directory(self, kind: str) -> Path:
+        """Return the directory for `kind`: "input", "output", "temp" or "cache" (not created)."""
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
+        """Load a transformer as MODEL. `variant` None: recognise it; `dtype` is one of `DTYPES`."""
+
+    @abstractmethod
+    def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> Any:
+        """Load both text encoders as CLIP; `tokenizer` None: the one beside the weights or the built-in one."""
+
+    @abstractmethod
+    def load_vae(self, path: Path, *, dtype: str) -> Any:
+        """Load an autoencoder as VAE."""
+
+    @abstractmethod
+    def variant_of(self, model: Any) -> Variant | None:
+        """Return the table row a MODEL belongs to (ours or core's own), None when it is not Kandinsky 5."""
+
+    @abstractmethod
+    def vae_facts(self, vae: Any) -> VAEFacts | None:
+        """Return what is known of a VAE, None when it is neither HunyuanVideo's nor FLUX's."""
+
+    # -- work -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_text(self, clip: Any, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
+        """Encode one prompt; features keep their exact length (no padding)."""
+
+    @abstractmethod
+    def sample(self, model: Any, request: SampleRequest) -> Tensor:
+        """Run the sampler and return raw latents, with noise drawn on the CPU from the seed, progress, preview, cancel.
+
+        Known frames (`KNOWN_FRAMES`) condition every step; replacing them in the result is the node's work.
+        """
+
+    @abstractmethod
+    def vae_encode(self, vae: Any, image_THWC: Tensor) -> Tensor:
+        """Encode one clip 0…1 [T,H,W,3] to raw latents [1,16,t,h,w] (video) or T pictures to [T,16,h,w] (image)."""
+
+    @abstractmethod
+    def vae_decode(self, vae: Any, samples: Tensor) -> Tensor:
+        """Decode raw latents to IMAGE [B*T,H,W,3] float, 0…1."""
+
+    @abstractmethod
+    def progress(self, total: int) -> Progress:
+        """Start a progress bar of `total` units on the running node."""
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Return zeros on the device and in the dtype the host keeps node outputs in."""
+
+
+_current: list[Host] = []
+
+
+def host() -> Host:
+    """Return the host this process runs under, made on first use."""
+    if not _current:
+        if INSIDE_COMFYUI:
+            from .host_comfy import ComfyHost
+
+            install(ComfyHost())
+        else:
+            from .host_standalone import StandaloneHost
+
+            install(StandaloneHost())
+    return _current[0]
+
+
+def install(new: Host) -> None:
+    """Make `new` the host (headless runs configure their own; tests install theirs)."""
+    _current[:] = [new]
