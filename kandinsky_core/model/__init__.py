@@ -1,0 +1,21 @@
+"""CrossDiT and its parts."""
+
+from .attention import Attend, Attention, dense, masked
+from .crossdit import CrossDiT, OnBlock, TextBlock, VisualBlock
+from .layers import Ops
+from .rope import rope_1d, rope_3d, rotate
+
+__all__ = [
+    "Attend",
+    "Attention",
+    "CrossDiT",
+    "OnBlock",
+    "Ops",
+    "TextBlock",
+    "VisualBlock",
+    "dense",
+    "masked",
+    "rope_1d",
+    "rope_3d",
+    "rotate",
+]

@@ -1,0 +1,75 @@
+"""Attention as a value, and the projections around it.
+
+Shapes: B batch, N tokens, L text tokens, D width, A heads, E head width, P = E/2 rotary pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, whole
+from .rope import rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention over `(q_BANE, k_BANE, v_BANE)`, scaled by 1/sqrt(E), giving `out_BANE`."""
+
+
+def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    """Attend from every query to every key, or to the keys where `mask_BL` is True."""
+    mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+    return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
+
+
+class Attention(nn.Module):
+    """Projections, per-head RMSNorm and rotation before attention, and the projection after it.
+
+    `project` and `merge` are separate so that a block can drop the projections' input before attention runs.
+    """
+
+    def __init__(self, model_dim: int, head_dim: int, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_query = ops.Linear(model_dim, model_dim, **factory)
+        self.to_key = ops.Linear(model_dim, model_dim, **factory)
+        self.to_value = ops.Linear(model_dim, model_dim, **factory)
+        self.query_norm = ops.RMSNorm(head_dim, eps=RMS_EPS, **factory)
+        self.key_norm = ops.RMSNorm(head_dim, eps=RMS_EPS, **factory)
+        self.out_layer = ops.Linear(model_dim, model_dim, **factory)
+
+    def project(
+        self, x_BND: Tensor, context_BLD: Tensor | None = None, rope_NP2: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `(q_BANE, k_BANE, v_BANE)`; keys and values come from `context_BLD`, else from `x_BND`."""
+        source = x_BND if context_BLD is None else context_BLD
+        q_BNAE = self._heads(self.to_query(x_BND), self.query_norm, rope_NP2)
+        k_BNAE = self._heads(self.to_key(source), self.key_norm, rope_NP2)
+        v_BNAE = self.to_value(source).unflatten(-1, (-1, self.head_dim))
+        return q_BNAE.transpose(1, 2), k_BNAE.transpose(1, 2), v_BNAE.transpose(1, 2)
+
+    def merge(self, out_BANE: Tensor) -> Tensor:
+        """Join the heads of attention's output and project it to `[B,N,D]`."""
+        return self.out_layer(out_BANE.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BND: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
+        """Split into heads, normalise and rotate in float32, round once; outside autograd in place."""
+        x_BNAE = x_BND.unflatten(-1, (-1, self.head_dim))
+        if whole():
+            return _normed(x_BNAE, norm, rope_NP2).to(x_BND.dtype)
+        for part in pieces(x_BNAE.shape[1]):
+            rope_part = None if rope_NP2 is None else rope_NP2[part]
+            x_BNAE[:, part] = _normed(x_BNAE[:, part], norm, rope_part)
+        return x_BNAE
+
+
+def _normed(x_BNAE: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
+    y_BNAE = rms_norm_float32(norm, x_BNAE.float())
+    return y_BNAE if rope_NP2 is None else rotate(y_BNAE, rope_NP2)
+
+
+def masked(mask_BL: Tensor | None) -> Attend:
+    """Return dense attention that sees only the text tokens where `mask_BL` is True (None: all)."""
+    return lambda q, k, v: dense(q, k, v, mask_BL)

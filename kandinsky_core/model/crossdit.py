@@ -1,0 +1,204 @@
+"""CrossDiT: the Kandinsky 5 diffusion transformer (arXiv 2511.14993), one class for every published size.
+
+Shapes: B batch, T/H/W latent frames/rows/columns, C latent channels, N visual tokens, L text tokens, D width,
+E time width, P rotary pairs of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..variants import CrossDiTSpec
+from .attention import Attend, Attention, dense, masked
+from .layers import (
+    FeedForward,
+    Modulation,
+    Ops,
+    OutLayer,
+    TextEmbeddings,
+    TimeEmbeddings,
+    VisualEmbeddings,
+    gated_residual,
+    modulated_norm,
+)
+from .rope import rope_1d, rope_3d
+
+OnBlock = Callable[[int, int], None]
+"""Called with `(index, total)` before each visual block; raise from it to cancel."""
+
+
+class TextBlock(nn.Module):
+    """Self-attention and feed-forward over the text tokens."""
+
+    def __init__(self, spec: CrossDiTSpec, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        self.text_modulation = Modulation(spec.time_dim, spec.model_dim, 6, ops, **factory)
+        self.self_attention = Attention(spec.model_dim, spec.head_dim, ops, **factory)
+        self.feed_forward = FeedForward(spec.model_dim, spec.ff_dim, ops, **factory)
+
+    def forward(self, x_BLD: Tensor, time_BE: Tensor, rope_LP2: Tensor, attend: Attend = dense) -> Tensor:
+        """Return refined text tokens `[B,L,D]`."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.text_modulation(time_BE).chunk(6, dim=-1)
+        x_BLD = _attended(self.self_attention, x_BLD, shift, scale, gate, attend, rope=rope_LP2)
+        return gated_residual(x_BLD, self.feed_forward(modulated_norm(x_BLD, ff_shift, ff_scale)), ff_gate)
+
+
+class VisualBlock(nn.Module):
+    """Self-attention, cross-attention to the refined text, and feed-forward over the visual tokens."""
+
+    def __init__(self, spec: CrossDiTSpec, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        self.visual_modulation = Modulation(spec.time_dim, spec.model_dim, 9, ops, **factory)
+        self.self_attention = Attention(spec.model_dim, spec.head_dim, ops, **factory)
+        self.cross_attention = Attention(spec.model_dim, spec.head_dim, ops, **factory)
+        self.feed_forward = FeedForward(spec.model_dim, spec.ff_dim, ops, **factory)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        text_BLD: Tensor,
+        time_BE: Tensor,
+        rope_NP2: Tensor,
+        attend: Attend = dense,
+        attend_text: Attend = dense,
+    ) -> Tensor:
+        """Return the next visual tokens `[B,N,D]`; the input tensor is left as it is."""
+        own, cross, ff = self.visual_modulation(time_BE).chunk(3, dim=-1)
+        x_BND = _attended(self.self_attention, x_BND, *own.chunk(3, dim=-1), attend, rope=rope_NP2)
+        x_BND = _attended(self.cross_attention, x_BND, *cross.chunk(3, dim=-1), attend_text, context=text_BLD)
+        shift, scale, gate = ff.chunk(3, dim=-1)
+        return gated_residual(x_BND, self.feed_forward(modulated_norm(x_BND, shift, scale)), gate)
+
+
+class CrossDiT(nn.Module):
+    """Predict the flow velocity of a latent clip or image from text features, a pooled text vector and a time.
+
+    `ops` supplies `Linear`, `LayerNorm` and `RMSNorm` with the signatures of `torch.nn`; a host may hand in classes
+    that cast, offload or dequantise. Parameter names are the published state-dict keys.
+    """
+
+    def __init__(
+        self,
+        spec: CrossDiTSpec,
+        *,
+        ops: Ops = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        made: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
+        self.time_embeddings = TimeEmbeddings(spec.model_dim, spec.time_dim, **made)
+        self.text_embeddings = TextEmbeddings(spec.in_text_dim, spec.model_dim, **made)
+        self.pooled_text_embeddings = TextEmbeddings(spec.in_text_dim2, spec.time_dim, **made)
+        self.visual_embeddings = VisualEmbeddings(spec.visual_embed_dim, spec.model_dim, spec.patch_size, **made)
+        self.text_transformer_blocks = nn.ModuleList(
+            TextBlock(spec, **made) for _ in range(spec.num_text_blocks)
+        )
+        self.visual_transformer_blocks = nn.ModuleList(
+            VisualBlock(spec, **made) for _ in range(spec.num_visual_blocks)
+        )
+        self.out_layer = OutLayer(spec.model_dim, spec.time_dim, spec.out_visual_dim, spec.patch_size, **made)
+
+    def forward(
+        self,
+        x_BTHWC: Tensor,
+        text_BLD: Tensor,
+        pooled_BP: Tensor,
+        time_B: Tensor,
+        *,
+        text_mask_BL: Tensor | None = None,
+        rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        attend: Attend | Sequence[Attend] = dense,
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
+        """Return the velocity `[B,T,H,W,16]` in the dtype of `x_BTHWC`.
+
+        `time_B` is the flow time already multiplied by 1000, float32. `text_mask_BL` is True at real tokens.
+        `rope_scale` divides the positions along time, height, width. `attend` is visual self-attention: one value,
+        or one per visual block.
+        """
+        token_thw = self.token_grid(x_BTHWC)
+        attend_text = masked(text_mask_BL)
+        time_BE = self.embed_time(time_B, pooled_BP)
+        text_BLD = self.refine_text(text_BLD, time_BE, attend_text)
+        rope_NP2 = rope_3d(token_thw, self.spec.axes_dims, rope_scale, x_BTHWC.device)
+        x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3)
+        x_BND = self.run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block)
+        return self.out_layer(x_BND, time_BE, token_thw)
+
+    def token_grid(self, x_BTHWC: Tensor) -> tuple[int, int, int]:
+        """Return the (frames, rows, columns) of tokens of a latent; raise `ShapeError` if it does not fit."""
+        _, *sides, channels = x_BTHWC.shape
+        patch = self.spec.patch_size
+        if any(side < 1 or side % step for side, step in zip(sides, patch, strict=True)):
+            raise ShapeError(
+                f"A latent of {'x'.join(map(str, sides))} (frames x rows x columns) cannot be cut into patches of "
+                f"{'x'.join(map(str, patch))}. Use sides that are positive multiples of the patch."
+            )
+        if channels != self.spec.visual_embed_dim:
+            raise ShapeError(
+                f"The latent has {channels} channels, this model takes {self.spec.visual_embed_dim}. "
+                "Append the condition and mask channels for a video or editing model, none for text-to-image."
+            )
+        t, h, w = (side // step for side, step in zip(sides, patch, strict=True))
+        return t, h, w
+
+    def embed_time(self, time_B: Tensor, pooled_BP: Tensor) -> Tensor:
+        """Return the float32 vector `[B,E]` of time and pooled text that modulates every block."""
+        return self.time_embeddings(time_B) + self.pooled_text_embeddings(pooled_BP)
+
+    def refine_text(self, text_BLD: Tensor, time_BE: Tensor, attend: Attend = dense) -> Tensor:
+        """Embed text features and run the text blocks; every visual block reads the result."""
+        text_BLD = self.text_embeddings(text_BLD)
+        rope_LP2 = rope_1d(text_BLD.shape[1], self.spec.head_dim, text_BLD.device)
+        for block in self.text_transformer_blocks:
+            text_BLD = block(text_BLD, time_BE, rope_LP2, attend)
+        return text_BLD
+
+    def run_blocks(
+        self,
+        x_BND: Tensor,
+        text_BLD: Tensor,
+        time_BE: Tensor,
+        rope_NP2: Tensor,
+        attend: Attend | Sequence[Attend] = dense,
+        attend_text: Attend = dense,
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
+        """Run the visual blocks in order. Hosts override this to replace, stream or skip blocks.
+
+        Token order is free as long as `rope_NP2` has the same order.
+        """
+        total = len(self.visual_transformer_blocks)
+        per_block = [attend] * total if callable(attend) else attend
+        for index, (block, block_attend) in enumerate(
+            zip(self.visual_transformer_blocks, per_block, strict=True)
+        ):
+            if on_block is not None:
+                on_block(index, total)
+            x_BND = block(x_BND, text_BLD, time_BE, rope_NP2, block_attend, attend_text)
+        return x_BND
+
+
+def _attended(
+    attention: Attention,
+    x_BND: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    gate_BD: Tensor,
+    attend: Attend,
+    *,
+    context: Tensor | None = None,
+    rope: Tensor | None = None,
+) -> Tensor:
+    """Return `x + gate * attention(norm(x))`. The normed tokens are gone before attention runs, then q, k, v."""
+    q_BANE, k_BANE, v_BANE = attention.project(modulated_norm(x_BND, shift_BD, scale_BD), context, rope)
+    out_BANE = attend(q_BANE, k_BANE, v_BANE)
+    del q_BANE, k_BANE, v_BANE
+    return gated_residual(x_BND, attention.merge(out_BANE), gate_BD)
