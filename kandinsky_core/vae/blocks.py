@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import VariantError
+from ..errors import ShapeError, VariantError
+from ..shapes import VAE_SPATIAL, snap_side
 from ..variants import VAESpec
 
 NORM_EPS = 1e-6
@@ -200,6 +201,15 @@ def check_spec(spec: VAESpec, kind: str) -> None:
         raise VariantError(
             f"block_out_channels {odd} are not multiples of norm_num_groups {spec.norm_num_groups}."
         )
+
+
+def check_sides(height_px: int, width_px: int) -> None:
+    """Refuse a picture whose sides the three halvings cannot divide."""
+    for name, side in (("height", height_px), ("width", width_px)):
+        if side < VAE_SPATIAL or side % VAE_SPATIAL:
+            raise ShapeError(
+                f"{name} {side} is not a positive multiple of {VAE_SPATIAL}. Use {snap_side(side, VAE_SPATIAL)}."
+            )
 
 
 def _resnets(channels_in: int, channels_out: int, depth: int, layers: Layers) -> nn.ModuleList:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, snap_frames, snap_side
+from ..shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, snap_frames
 from ..variants import VAESpec
-from .blocks import NORM_EPS, PIXEL_CHANNELS, Decoder, Encoder, Layers, check_spec
+from .blocks import NORM_EPS, PIXEL_CHANNELS, Decoder, Encoder, Layers, check_sides, check_spec
 from .moments import Moments
 from .tiling import DECODE, ENCODE, OnTile, Plan, reference_plan, run_plan
 
@@ -30,7 +30,7 @@ class CausalConv3d(nn.Module):
         channels_out: int,
         kernel: int,
         *,
-        ops: ModuleType = nn,
+        ops: ModuleType | type = nn,
         stride: Triple = (1, 1, 1),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -51,7 +51,7 @@ class CausalConv3d(nn.Module):
         # A single frame meets every temporal tap, so their sum is the same convolution at a third of the work.
         # Only for torch's own layer: a host's layer may hold its weight elsewhere or in another form.
         weight = self.conv.weight.sum(2, dtype=torch.promote_types(self.conv.weight.dtype, torch.float32))
-        return F.conv2d(x_BCHW, weight.to(x_BCHW.dtype), self.conv.bias, self.conv.stride[1:])
+        return F.conv2d(x_BCHW, weight.to(self.conv.weight.dtype), self.conv.bias, self.conv.stride[1:])
 
 
 class Downsampler(nn.Module):
@@ -92,7 +92,7 @@ class HunyuanVideoVAE(nn.Module):
         self,
         spec: VAESpec,
         *,
-        ops: ModuleType = nn,
+        ops: ModuleType | type = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -152,8 +152,4 @@ def check_pixels(x_BCTHW: Tensor) -> None:
     _, _, frames, height, width = x_BCTHW.shape
     if frames < 1 or (frames - 1) % VAE_TEMPORAL:
         raise ShapeError(f"{frames} frames: the count must be 4k+1 (1, 5, 9, …). Use {snap_frames(frames)}.")
-    for name, side in (("height", height), ("width", width)):
-        if side < VAE_SPATIAL or side % VAE_SPATIAL:
-            raise ShapeError(
-                f"{name} {side} is not a positive multiple of {VAE_SPATIAL}. Use {snap_side(side, VAE_SPATIAL)}."
-            )
+    check_sides(height, width)
