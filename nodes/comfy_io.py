@@ -1,7 +1,7 @@
 """The one import of ComfyUI's node API (`comfy_api.latest`), or a stand-in with the part of it that our nodes use.
 
-The stand-in keeps core's names and attributes (`Schema.inputs[i].id`, `.io_type`, `.default`, `.options`, …), so the same node
-classes, the headless runner and the contract tests read both. Widgets are the inputs that have a `default` attribute.
+The stand-in keeps core's names and attributes (`Schema.inputs[i].id`, `.io_type`, `.default`, `.options`, …), so the
+same node classes, the headless runner and the contract tests read both. Widgets are the inputs that have a `default`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The door to the host: everything a node needs from ComfyUI, or from nothing, behind one small interface.
 
-Nodes call `host()` and never import `comfy`. `host_comfy.ComfyHost` answers inside ComfyUI, `host_standalone.StandaloneHost`
-everywhere else. Socket values are the host's own: in ComfyUI they are core's MODEL, CLIP and VAE objects, standalone they
-are plain handles. CONDITIONING and LATENT have core's structure under both hosts (see docs/architecture.md).
+Nodes call `host()` and never import `comfy`. `host_comfy.ComfyHost` answers inside ComfyUI,
+`host_standalone.StandaloneHost` everywhere else. Socket values are the host's own: in ComfyUI they are core's MODEL,
+CLIP and VAE objects, standalone they are plain handles. CONDITIONING and LATENT have core's structure under both hosts
+(see docs/architecture.md).
 
 Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H rows, W columns.
 """
@@ -23,7 +24,14 @@ from .comfy_io import INSIDE_COMFYUI
 Conditioning = list[list[Any]]  # [[features [1,L,D], {"pooled_output": [1,P], ...}]]
 Latent = dict[str, Any]  # {"samples": raw autoencoder latents, ...}
 
-DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")  # how weights are held; "auto": the host decides
+DTYPES = (
+    "auto",
+    "bf16",
+    "fp16",
+    "fp32",
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+)  # how weights are held; "auto": the host decides
 
 # Conditioning keys of a known start (core's names, so that core's KSampler reads them too).
 KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
@@ -119,6 +127,14 @@ class Host(ABC):
     @abstractmethod
     def vae_facts(self, vae: Any) -> VAEFacts | None:
         """Return what is known of a VAE, None when it is neither HunyuanVideo's nor FLUX's."""
+
+    def sampler_names(self) -> list[str]:
+        """Return the integration methods `sample` offers; "euler" is always among them."""
+        return ["euler"]
+
+    def shift_of(self, model: Any) -> float | None:  # noqa: ARG002
+        """Return the schedule shift another node set on this MODEL, None when the variant's preset holds."""
+        return None
 
     # -- work -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ class Input:
 
     io_type = "*"
 
-    def __init__(self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None):
+    def __init__(
+        self, id: str, display_name: str | None = None, optional: bool = False, tooltip: str | None = None
+    ):
         self.id = id
         self.display_name = display_name
         self.optional = optional

@@ -1,0 +1,226 @@
+"""The sampler node: the released schedule, guidance and first-frame handling around the host's sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kandinsky_core.errors import KandinskyError, ShapeError
+from ..kandinsky_core.sampling import Known, keep_known, normalise_first_frames, timesteps
+from ..kandinsky_core.sampling.conditioning import NORM_FRAMES
+from ..kandinsky_core.variants import Variant
+from .comfy_io import io
+from .host import KNOWN_FRAMES, Conditioning, Latent, SampleRequest, host
+
+CATEGORY = "Kandinsky 5/sampling"
+AUTO, ON, OFF = "auto", "on", "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Sampler settings after presets are filled in."""
+
+    steps: int
+    guidance: float
+    shift: float
+    denoise: float
+
+
+class K5Sample(io.ComfyNode):
+    """Sample with the released settings of the connected model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="K5Sample",
+            display_name="Kandinsky 5 Sampler",
+            category=CATEGORY,
+            description="Sample with the settings the model was released with; every one can be overridden.",
+            search_aliases=["k5", "kandinsky", "ksampler", "denoise"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Noise is drawn on the CPU: a seed gives the same noise on every device.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="0: as released (50; 16 for distilled weights). Fewer is faster.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=-1.0,
+                    min=-1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strongly the prompt counts. -1: as released (5 video, 3.5 image, 1 distilled). "
+                    "At 1 the negative prompt is not used and a step takes half the time.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Share of steps spent on the composition. 0: as released (5; 10 for image-to-video "
+                    "and 10 s; 3 for images), or what a ModelSamplingSD3 node before this one sets.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=host().sampler_names(),
+                    default="euler",
+                    tooltip="Integration method; the models were released with euler.",
+                ),
+                io.Combo.Input(
+                    "first_frame",
+                    options=[AUTO, ON, OFF],
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="Image-to-video: pull brightness and contrast of the first frames towards the rest. "
+                    "'auto': for models released with it.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="1: from pure noise. Below 1 the latent on the socket is kept in part.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent"),
+                io.String.Output(display_name="report", tooltip="The settings that were used."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent: Latent,
+        seed: int,
+        steps: int,
+        guidance: float,
+        shift: float,
+        sampler_name: str,
+        first_frame: str,
+        denoise: float,
+    ) -> io.NodeOutput:
+        """Fill in presets, sample, put the known frames back."""
+        row = host().variant_of(model)
+        if row is None:
+            raise KandinskyError(
+                "The connected model is not a Kandinsky 5 one. Use the Kandinsky 5 Model Loader or core's loader."
+            )
+        latent = _checked_latent(latent, row)
+        known = known_frames(positive, row, latent["samples"])
+        settings = _settings(model, row, steps, guidance, shift, denoise)
+        request = SampleRequest(
+            positive=positive,
+            negative=None if abs(settings.guidance - 1) <= 1e-6 else negative,
+            latent=latent,
+            seed=seed,
+            sigmas=timesteps(settings.steps, settings.shift, settings.denoise),
+            guidance=settings.guidance,
+            sampler_name=sampler_name,
+        )
+        samples = host().sample(model, request)
+        normalised = _wants_normalisation(first_frame, row, known)
+        if known is not None:
+            samples = _finish_start(samples, known, row.vae.scaling_factor, normalised)
+        if not bool(torch.isfinite(samples).all()):
+            raise KandinskyError(
+                "The sampler returned NaN: the weights are damaged or overflow in this precision. "
+                "Set dtype to bf16 or fp32 in the Model Loader."
+            )
+        return io.NodeOutput(
+            {**latent, "samples": samples}, _report(row, settings, sampler_name, seed, known, normalised)
+        )
+
+
+def _checked_latent(latent: Latent, row: Variant) -> Latent:
+    """Return the latent with the number of axes the model wants; a picture is a clip of one frame to a video model."""
+    samples = latent["samples"]
+    is_image = row.vae.kind == "flux"
+    if is_image and samples.ndim == 5:
+        if samples.shape[2] != 1:
+            raise ShapeError(
+                f"{row.title} makes single pictures; the latent has {samples.shape[2]} frames. Set length to 1."
+            )
+        return {**latent, "samples": samples[:, :, 0]}
+    if not is_image and samples.ndim == 4:
+        return {**latent, "samples": samples.unsqueeze(2)}
+    return latent
+
+
+def known_frames(positive: Conditioning, row: Variant, samples: Tensor) -> Tensor | None:
+    """Return the raw latents the clip starts with, None for text-to-video."""
+    known = positive[0][1].get(KNOWN_FRAMES)
+    if known is None:
+        return None
+    if not row.spec.visual_cond:
+        raise ShapeError(
+            f"{row.title} takes no start image. Use an image-to-video model, or K5 Empty Latent without one."
+        )
+    if known.shape[3:] != samples.shape[3:] or known.shape[2] > samples.shape[2]:
+        raise ShapeError(
+            f"The start image has latent size {tuple(known.shape[2:])}, the clip {tuple(samples.shape[2:])} "
+            "(frames, rows, columns). Use the latent of the same Image to Video node."
+        )
+    return known
+
+
+def _settings(
+    model: Any, row: Variant, steps: int, guidance: float, shift: float, denoise: float
+) -> Settings:
+    return Settings(
+        steps=steps or row.steps,
+        guidance=row.guidance if guidance < 0 else guidance,
+        shift=shift or host().shift_of(model) or row.shift,
+        denoise=denoise,
+    )
+
+
+def _wants_normalisation(first_frame: str, row: Variant, known: Tensor | None) -> bool:
+    return known is not None and (first_frame == ON or (first_frame == AUTO and row.first_frame_norm))
+
+
+def _finish_start(samples_BCTHW: Tensor, known_BCTHW: Tensor, scale: float, normalised: bool) -> Tensor:
+    """Put the clean frames back and normalise in model units (the constants are meant for scaled latents)."""
+    scaled = keep_known(samples_BCTHW, Known(frames_BCTHW=known_BCTHW)) * scale
+    return (normalise_first_frames(scaled) if normalised else scaled) / scale
+
+
+def _report(
+    row: Variant, settings: Settings, sampler_name: str, seed: int, known: Tensor | None, normalised: bool
+) -> str:
+    line = (
+        f"{row.title}: {settings.steps} steps, guidance {settings.guidance:g}, shift {settings.shift:g}, "
+        f"{sampler_name}, seed {seed}"
+    )
+    if settings.denoise < 1:
+        line += f", denoise {settings.denoise:g}"
+    if known is not None:
+        line += f"; starts with {known.shape[2]} given latent frame(s)"
+        line += f", first {NORM_FRAMES} normalised" if normalised else ""
+    return line
