@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from .weights import Layout, assign, looks_like, tower_names
+from ..io.signature import describe
+from .weights import Layout, assign, tower_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
 
-HEAD_DIM = 64  # of CLIP ViT-L/14; a single file does not say it
+WIDTH, HEADS = 768, 12  # of CLIP ViT-L/14; a single file does not say its heads
 
 CLIP = Layout(
     title="CLIP's text encoder",
@@ -73,14 +74,19 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in needed if f"{name}.weight" not in names]:
         raise CheckpointError(
             f"{checkpoint.path} is not a whole CLIP text encoder: {', '.join(missing)} missing. "
-            f"It looks like {looks_like(checkpoint)}."
+            f"{describe(checkpoint.tensors)}"
         )
     (vocab, hidden), (positions, _), (inner, _) = (checkpoint.shape(names[f"{name}.weight"]) for name in needed)
+    if hidden != WIDTH:
+        raise CheckpointError(
+            f"{checkpoint.path} is a CLIP text encoder of width {hidden}; Kandinsky 5 needs CLIP ViT-L/14 of width {WIDTH} "
+            "(clip_l.safetensors). Other sizes load from a folder with config.json."
+        )
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in names if name.startswith("encoder.layers.")),
-        "num_attention_heads": max(1, hidden // HEAD_DIM),
+        "num_attention_heads": HEADS,
         "max_position_embeddings": positions,
     }

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,23 @@ from torch import Tensor, nn
 from ..errors import TextError
 from ..io.checkpoint import open_checkpoint
 from .clip import load_clip_tower, pooled_state
+from .images import Patches, patches
 from .qwen import load_text_tower
 from .templates import get_template
 from .tokens import (
     CLIP_TOKENS,
     CLIPTokenizer,
     QwenTokenizer,
+    Tokens,
     load_clip_tokenizer,
     load_qwen_tokenizer,
     tokenizer_folder,
 )
+from .vision import image_states, load_vision_tower, positions
 
 logger = logging.getLogger("kandinsky5")
 
+TEXT_POSITIONS = 1024  # text positions of the released transformers' rotary table
 OnLayer = Callable[[int, int], None]  # (layers done, layers in total); an exception it raises cancels
 Path = str | os.PathLike[str]
 
@@ -47,13 +52,19 @@ class TextEncoder(nn.Module):
     """Both text towers with their tokenizers; `to` moves it, `free` gives its memory back."""
 
     def __init__(
-        self, qwen: nn.Module, clip: nn.Module, qwen_tokenizer: QwenTokenizer, clip_tokenizer: CLIPTokenizer
+        self,
+        qwen: nn.Module,
+        clip: nn.Module,
+        qwen_tokenizer: QwenTokenizer,
+        clip_tokenizer: CLIPTokenizer,
+        load_vision: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.qwen = qwen
         self.clip = clip
         self.qwen_tokenizer = qwen_tokenizer
         self.clip_tokenizer = clip_tokenizer
+        self._load_vision = load_vision  # only prompts with images need the vision tower: it comes and goes with them
 
     @property
     def device(self) -> torch.device:
@@ -81,44 +92,67 @@ class TextEncoder(nn.Module):
     ) -> TextFeatures:
         """Encode `prompt` with the template called `template`, on the device the encoder is on.
 
-        `max_tokens` limits the tokens left after the template's crop (None: the released limit of the template).
-        What does not fit is dropped from the end, counted in the result and logged.
+        `images` (template image_edit) are `[3,H,W]` in -1…1, of the size that is generated. `max_tokens` limits the
+        tokens left after the template's crop; None means the released limit, with images the transformer's 1024.
+        What does not fit is dropped from the prompt's end, counted in the result and logged.
         """
         if not isinstance(prompt, str):
             raise TextError(f"A prompt must be text, not {type(prompt).__name__}.")
-        chosen = get_template(template)
-        limit = chosen.max_tokens if max_tokens is None else max_tokens
-        if limit < 1:
-            raise TextError(f"max_tokens is {limit}; it must be at least 1.")
         if self.device.type == "meta":
             raise TextError("The text encoder was freed. Load it again.")
-        if images:
-            raise TextError(f"Template {template!r} takes no images.")
-        tokens = self.qwen_tokenizer.tokenize(prompt, chosen, limit)
+        chosen = get_template(template)
+        if images and not (chosen.takes_images and self._load_vision):
+            raise TextError(f"Template {template!r} takes no images. Use 'image_edit', or give no images.")
+        released = TEXT_POSITIONS if images else chosen.max_tokens
+        limit = released if max_tokens is None else max_tokens
+        if not 1 <= limit <= TEXT_POSITIONS:
+            raise TextError(f"max_tokens is {limit}; it must be between 1 and {TEXT_POSITIONS}.")
+        pictures = [patches(image) for image in images or ()]
+        tokens = self.qwen_tokenizer.tokenize(prompt, chosen, limit, [picture.tokens for picture in pictures])
         if not tokens.kept:
             raise TextError(
-                f"Nothing of this prompt is left: template {template!r} drops the first "
-                f"{tokens.crop - len(self.qwen_tokenizer(chosen.prefix))} prompt tokens. Write a longer prompt."
+                f"Nothing is left of this prompt: template {template!r} drops the first {tokens.crop} tokens and the "
+                f"whole text has {len(tokens.ids)}. Write a longer prompt, or give the image to edit."
             )
         clip_tokens = self.clip_tokenizer.tokenize(prompt, min(CLIP_TOKENS, self.clip.config.max_position_embeddings))
         with self._reporting(on_layer):
-            ids = torch.tensor(tokens.ids, device=self.device)
-            states_LD = self.qwen(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            features_LD = self._features(tokens, pictures)
             clip_ids = torch.tensor(clip_tokens.ids, device=self.device)
             pooled_P = pooled_state(self.clip, clip_ids, self.clip_tokenizer.end_id)
+        for tower, states in (("Qwen2.5-VL", features_LD), ("CLIP", pooled_P)):
+            if not torch.isfinite(states).all():
+                raise TextError(
+                    f"{tower} gave NaN or Inf in {states.dtype}. Its file is damaged, or float16 is too narrow for it: "
+                    "use bfloat16 or float32."
+                )
         if tokens.dropped or clip_tokens.dropped:
             logger.warning(
                 "Prompt cut: Qwen keeps %d tokens and drops %d, CLIP keeps %d and drops %d.",
                 tokens.kept, tokens.dropped, len(clip_tokens.ids), clip_tokens.dropped,
             )  # fmt: skip
         return TextFeatures(
-            states_LD[tokens.crop :].clone(),  # not a view that keeps the template's states alive
+            features_LD,
             pooled_P,
             tokens.kept,
             tokens.dropped,
             len(clip_tokens.ids),
             clip_tokens.dropped,
         )
+
+    def _features(self, tokens: Tokens, pictures: Sequence[Patches]) -> Tensor:
+        """`[L, D]`: Qwen states after the final norm and the crop."""
+        ids_L = torch.tensor(tokens.ids, device=self.device)
+        embeds_LD = self.qwen.embed_tokens(ids_L)
+        where = None
+        if pictures:
+            vision = self._load_vision().to(self.device)
+            states = image_states(vision, pictures).to(embeds_LD)
+            pads_L = ids_L == self.qwen_tokenizer.vision_ids[1]
+            pads_L[: tokens.image.start] = False  # a prompt may spell out the image token: that is text
+            embeds_LD[pads_L] = states
+            where = positions(len(tokens.ids), tokens.image, pictures)[:, None].to(self.device)
+        output = self.qwen(inputs_embeds=embeds_LD[None], position_ids=where, use_cache=False)
+        return output.last_hidden_state[0, tokens.crop :].clone()  # a view would keep the template's states alive
 
     @contextmanager
     def _reporting(self, on_layer: OnLayer | None) -> Iterator[None]:
@@ -158,6 +192,10 @@ def load_text_encoder(
     qwen_tokenizer = load_qwen_tokenizer(tokenizer_folder(qwen_file.path, tokenizer_path))
     clip_tokenizer = load_clip_tokenizer(tokenizer_folder(clip_file.path, clip_tokenizer_path))
     encoder = TextEncoder(
-        load_text_tower(qwen_file, dtype), load_clip_tower(clip_file), qwen_tokenizer, clip_tokenizer
+        load_text_tower(qwen_file, dtype),
+        load_clip_tower(clip_file),
+        qwen_tokenizer,
+        clip_tokenizer,
+        partial(load_vision_tower, qwen_file, dtype),
     )
     return encoder if device is None else encoder.to(device)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from .weights import Layout, assign, looks_like, tower_names
+from ..io.signature import describe
+from .weights import Layout, assign, tower_names
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
@@ -62,7 +63,7 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in needed if f"{name}.weight" not in names]:
         raise CheckpointError(
             f"{checkpoint.path} is not a whole Qwen2.5-VL: {', '.join(missing)} missing. "
-            f"It looks like {looks_like(checkpoint)}."
+            f"{describe(checkpoint.tensors)}"
         )
     shapes = [checkpoint.shape(names[f"{name}.weight"]) for name in needed]
     (vocab, hidden), (queries, _), (keys, _), (inner, _) = shapes

@@ -31,11 +31,11 @@ class Template:
     prefix_tokens: int  # tokens of the prefix in the Qwen2.5 vocabulary
     crop_start: int  # released crop in that vocabulary; image_edit's loses three prompt tokens
     max_tokens: int  # tokens kept after the crop by the released models
-    suffix_without_image: bool = True  # the released code ends image_edit prompts with it only after an image
+    takes_images: bool = False  # then the suffix stands only after an image, as in the released code
 
     def text(self, prompt: str) -> str:
         """The whole text for a prompt without images."""
-        return self.prefix + prompt + (self.suffix if self.suffix_without_image else "")
+        return self.prefix + prompt + ("" if self.takes_images else self.suffix)
 
 
 TEMPLATES = {
@@ -67,7 +67,7 @@ TEMPLATES = {
             "image (second image), create an interesting text prompt that can be used together with the source image "
             "to create the target image:" + _USER,
             suffix=_END,
-            suffix_without_image=False,
+            takes_images=True,
             prefix_tokens=52,
             crop_start=55,
             max_tokens=512,

@@ -12,29 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
+from ..io.signature import describe
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors names of what can be a plain weight
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older and newer name of one fp8 weight's scale
 QUANTISATION_KEYS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|weight_scale|scale_input|input_scale)$")
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-
-# What a file looks like, by a name that only this kind of model has. First match wins.
-LOOKS_LIKE = (
-    (r"visual_transformer_blocks\.", "a Kandinsky 5 transformer"),
-    (r"lora_(A|B|up|down)\.|\.lora\.", "a LoRA"),
-    (r"DenseReluDense|SelfAttention\.relative_attention_bias", "a T5 text encoder"),
-    (r"double_blocks\.|single_blocks\.|transformer_blocks\.|blocks\.\d+\.cross_attn", "another diffusion transformer"),
-    (r"input_blocks\.\d|down_blocks\.\d+\.attentions", "a diffusion U-Net"),
-    (r"(encoder|decoder)\.(conv_in|mid|mid_block|up_blocks|down_blocks)\.", "an autoencoder (VAE)"),
-    (r"text_model\.encoder\.layers\.(1[2-9]|[23]\d)\.", "a larger CLIP text encoder (CLIP-G or CLIP-H)"),
-    (r"(text_model\.)?encoder\.layers\.0\.self_attn\.", "a CLIP text encoder"),
-    (r"layers\.0\.self_attn\.q_norm\.", "a Qwen3 or Gemma language model"),
-    (r"layers\.0\.self_attn\.q_proj\.bias", "a Qwen2.5 language model"),
-    (r"layers\.0\.self_attn\.q_proj\.weight", "a Llama-like language model"),
-    (r"vision_model\.", "a vision encoder"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -54,21 +38,13 @@ def tower_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
         elif not layout.ignored.match(name) and not QUANTISATION_KEYS.search(name):
             unexpected.append(name)
     if not any(name.endswith(".weight") for name in found):
-        raise CheckpointError(f"{checkpoint.path} is not {layout.title}: it looks like {looks_like(checkpoint)}.")
+        raise CheckpointError(f"{checkpoint.path} is not {layout.title}. {describe(checkpoint.tensors)}")
     if unexpected:
         raise CheckpointError(
             f"{checkpoint.path} is not {layout.title} alone: {len(unexpected)} tensors do not belong to it "
-            f"({_some(unexpected)}). It looks like {looks_like(checkpoint)}."
+            f"({_some(unexpected)}). {describe(checkpoint.tensors)}"
         )
     return found
-
-
-def looks_like(checkpoint: Checkpoint) -> str:
-    """What the tensor names say the file is."""
-    for pattern, title in LOOKS_LIKE:
-        if any(re.search(pattern, name) for name in checkpoint.tensors):
-            return title
-    return f"an unknown model (tensors {_some(checkpoint.tensors)})"
 
 
 def assign(tower: nn.Module, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None) -> None:
@@ -94,7 +70,8 @@ def assign(tower: nn.Module, checkpoint: Checkpoint, layout: Layout, dtype: torc
     ]
     if problems:
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {layout.title} ({looks_like(checkpoint)}): " + "; ".join(problems) + "."
+            f"{checkpoint.path} does not fit {layout.title}: {'; '.join(problems)}. "
+            "The file is incomplete, altered or of another model; download it again."
         )
     _check_formats(checkpoint, names.values())
     tower.load_state_dict(
