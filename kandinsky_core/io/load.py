@@ -17,7 +17,7 @@ from ..vae.hunyuan import HunyuanVideoVAE
 from ..vae.layout import fit, identify_vae
 from ..variants import VAESpec, Variant
 from .checkpoint import Checkpoint, open_checkpoint
-from .identify import Identity, identify
+from .identity import Identity, identify
 from .signature import OTHER_VAE, VAE, describe, recognise
 
 FULL_SCAN_BYTES = 1_000_000_000  # files up to this size are searched for NaN and Inf completely
