@@ -11,7 +11,7 @@ from .host import host
 BUILT_IN = " [built-in]"  # ends a name that is not in the host's folders
 MODEL, TEXT_ENCODER, CLIP_ENCODER, VAE = "model", "text_encoder", "clip", "vae"
 
-_FOLDERS = {
+FOLDERS = {
     MODEL: ("diffusion_models", "checkpoints"),
     TEXT_ENCODER: ("text_encoders",),
     CLIP_ENCODER: ("text_encoders",),
@@ -22,7 +22,7 @@ _FOLDERS = {
 def names(kind: str) -> list[str]:
     """List everything a loader of `kind` can be given: built-in files, then files and model folders of the host."""
     found = list(_built_in(kind))
-    for folder in _FOLDERS[kind]:
+    for folder in FOLDERS[kind]:
         found += host().filenames(folder) + host().folders(folder)
     return list(dict.fromkeys(found))
 
@@ -31,7 +31,7 @@ def locate(kind: str, name: str) -> Path:
     """Return the path that `name` of a loader's list means; an unknown name raises `CheckpointError`."""
     if name in (built_in := _built_in(kind)):
         return built_in[name]
-    for folder in _FOLDERS[kind]:
+    for folder in FOLDERS[kind]:
         path = host().locate(folder, name)
         if path is not None:
             return path
@@ -39,7 +39,7 @@ def locate(kind: str, name: str) -> Path:
     shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
     raise CheckpointError(
         f"{name!r} is not there any more. Choose one of: {shown or 'nothing'}. "
-        f"New files go into models/{_FOLDERS[kind][0]}; then press R to refresh the list."
+        f"New files go into models/{FOLDERS[kind][0]}; then press R to refresh the list."
     )
 
 
