@@ -79,8 +79,8 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     (vocab, hidden), (positions, _), (inner, _) = (checkpoint.shape(names[f"{name}.weight"]) for name in needed)
     if hidden != WIDTH:
         raise CheckpointError(
-            f"{checkpoint.path} is a CLIP text encoder of width {hidden}; Kandinsky 5 needs CLIP ViT-L/14 of width {WIDTH} "
-            "(clip_l.safetensors). Other sizes load from a folder with config.json."
+            f"{checkpoint.path} is a CLIP text encoder of width {hidden}; Kandinsky 5 needs CLIP ViT-L/14, "
+            f"whose width is {WIDTH} (clip_l.safetensors). Other sizes load from a folder with config.json."
         )
     return {
         "vocab_size": vocab,

@@ -67,9 +67,9 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
         )
     shapes = [checkpoint.shape(names[f"{name}.weight"]) for name in needed]
     (vocab, hidden), (queries, _), (keys, _), (inner, _) = shapes
-    if queries % HEAD_DIM or keys % HEAD_DIM:
+    if queries != hidden or queries % HEAD_DIM or keys % HEAD_DIM:
         raise CheckpointError(
-            f"{checkpoint.path}: attention of width {queries}/{keys} does not split into heads of {HEAD_DIM}. "
+            f"{checkpoint.path}: width {hidden} with attention {queries}/{keys} is not made of heads of {HEAD_DIM}. "
             "Give a folder with config.json."
         )
     return {

@@ -85,10 +85,9 @@ def positions(length: int, image: slice, pictures: Sequence[Patches]) -> Tensor:
     for picture in pictures:
         text(1)
         rows, columns = picture.rows // MERGE, picture.columns // MERGE
-        grid_3RC = torch.stack(
-            torch.meshgrid(torch.zeros(1), torch.arange(rows), torch.arange(columns), indexing="ij")
-        ).long()
-        parts.append(cursor + grid_3RC.reshape(3, -1))
+        axes = (torch.arange(count) for count in (1, rows, columns))
+        grid_3TRC = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        parts.append(cursor + grid_3TRC.reshape(3, -1))
         cursor += max(rows, columns)
         text(1)
     text(length - image.stop)
