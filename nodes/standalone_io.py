@@ -139,5 +139,6 @@ io = SimpleNamespace(
     Conditioning=_io_type("CONDITIONING"),
     Latent=_io_type("LATENT"),
     Image=_io_type("IMAGE"),
+    Mask=_io_type("MASK"),
     Video=_io_type("VIDEO"),
 )

@@ -1,0 +1,217 @@
+"""The command line: `kandinsky5 run | generate | nodes | variants`.
+
+Exit codes: 0 done; 1 a node failed while running; 2 the command, the workflow or a value was refused and nothing ran;
+130 cancelled with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..kandinsky_core.errors import KandinskyError
+
+OK, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
+BUNDLED = Path(__file__).parent.parent / "workflows"
+
+logger = logging.getLogger("kandinsky5")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    from .run import RunError
+
+    try:
+        return arguments.command(arguments)
+    except RunError as error:
+        logger.debug("Traceback of the failed node:", exc_info=error)
+        return _fail(arguments, FAILED, str(error), (str(error),))
+    except KandinskyError as error:
+        return _fail(arguments, REFUSED, str(error), getattr(error, "problems", (str(error),)))
+    except KeyboardInterrupt:
+        return _fail(arguments, CANCELLED, "Cancelled.", ("Cancelled.",))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kandinsky5",
+        description="Kandinsky 5.0 without ComfyUI.",
+        epilog="Exit codes: 0 done, 1 a node failed while running, 2 refused before anything ran, 130 cancelled.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a workflow file, saved by ComfyUI's editor or in API format")
+    run.add_argument("workflow", help="path, or name of a bundled workflow (t2v_nano, i2v_nano, …)")
+    run.add_argument(
+        "--set", metavar="NODE.INPUT=VALUE", action="append", default=[], dest="assignments",
+        help="change an input; NODE is an id, a title or a type",
+    )  # fmt: skip
+    run.set_defaults(command=_run)
+
+    generate = commands.add_parser("generate", help="make a clip or picture from a prompt")
+    generate.add_argument("--prompt", required=True, help="what to show")
+    generate.add_argument("--negative", help="what to avoid (default: as released)")
+    generate.add_argument("--image", type=Path, help="start image; makes a clip that begins with it")
+    generate.add_argument("--model", default="nano", help="'nano' (built in), a path, or a name in the models folder")
+    generate.add_argument("--text-encoder", help="Qwen2.5-VL: path or name")
+    generate.add_argument("--clip", help="CLIP ViT-L/14: path or name")
+    generate.add_argument("--vae", help="autoencoder: path or name")
+    generate.add_argument("--variant", help="which published model the weights are (default: recognised)")
+    generate.add_argument("--dtype", default="auto", help="precision of the weights: auto, bf16, fp16, fp32")
+    for name, kind, text in (
+        ("width", int, "pixels, a multiple of 16"),
+        ("height", int, "pixels, a multiple of 16"),
+        ("frames", int, "4n+1; 1 makes a picture"),
+        ("steps", int, "sampling steps"),
+        ("guidance", float, "how strongly the prompt counts"),
+        ("shift", float, "share of steps spent on the composition"),
+    ):
+        generate.add_argument(f"--{name}", type=kind, help=f"{text} (default: as released)")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
+    generate.set_defaults(command=_generate)
+
+    for command in (run, generate):
+        command.add_argument("--out", type=Path, default=Path("output"), help="folder for results (default: output)")
+        command.add_argument("--device", help="device to compute on (default: the accelerator if there is one)")
+        command.add_argument("--quiet", action="store_true", help="no progress, only the files written")
+
+    nodes = commands.add_parser("nodes", help="list the node types that run without ComfyUI")
+    nodes.set_defaults(command=_nodes)
+    variants = commands.add_parser("variants", help="list the known models and their settings")
+    variants.set_defaults(command=_variants)
+    for command in (run, generate, nodes):
+        command.add_argument(
+            "--models", type=Path,
+            help="models folder in ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models)",
+        )  # fmt: skip
+    for command in (run, generate, nodes, variants):
+        command.add_argument("--json", action="store_true", help="write one JSON object to standard output")
+        command.add_argument("--verbose", action="store_true", help="write the log to standard error")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .override import override
+    from .workflow import parse, read_document
+
+    host, types = _prepare(arguments)
+    document = read_document(_workflow_path(arguments.workflow))
+    graph = parse(document, types)
+    override(graph, types, arguments.assignments)
+    return _execute(arguments, graph, types, host, document)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from .generate import Wish, build
+
+    host, _ = _prepare(arguments)
+    graph = build(Wish(**{field.name: getattr(arguments, field.name) for field in fields(Wish)}), host)
+    return _execute(arguments, graph, _types(), host, None)  # read again: the wish may have added files
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Install the host the arguments describe and read the node types."""
+    from ..nodes.host import install
+    from ..nodes.host_standalone import StandaloneHost
+
+    host = StandaloneHost(
+        models=arguments.models, output=getattr(arguments, "out", None), device=getattr(arguments, "device", None)
+    )
+    install(host)
+    return host, _types()
+
+
+def _types() -> Any:
+    from ..nodes import node_list
+    from .catalogue import catalogue
+    from .core_nodes import core_nodes
+
+    return catalogue([*node_list(), *core_nodes()])
+
+
+def _execute(arguments: argparse.Namespace, graph: Any, types: Any, host: Any, document: Any) -> int:
+    from .progress import ProgressLine
+    from .run import run
+
+    on_call = None
+    line = ProgressLine(sys.stderr)
+    if not arguments.quiet:
+        on_call, host.on_progress = line.start, line.advance
+    try:
+        result = run(graph, types, host, workflow=document, on_call=on_call)
+    finally:
+        line.clear()
+    if arguments.json:
+        _write_json({
+            "outputs": result.files, "facts": {**host.versions(), "nodes": result.facts},
+            "reports": result.reports, "timings_s": {name: round(value, 3) for name, value in result.seconds.items()},
+        })  # fmt: skip
+        return OK
+    if not arguments.quiet:
+        for name, report in result.reports.items():
+            sys.stderr.write(f"{graph[name]}: {report}\n")
+    for file in result.files:
+        sys.stdout.write(f"{file['path']}\n")
+    return OK
+
+
+def _workflow_path(given: str) -> Path:
+    """Return the path of a workflow given as path or as the name of a bundled one."""
+    bundled = BUNDLED / f"{given}.json"
+    return bundled if bundled.is_file() and not Path(given).exists() else Path(given)
+
+
+def _nodes(arguments: argparse.Namespace) -> int:
+    _, types = _prepare(arguments)
+    rows = {
+        name: {
+            "title": known.title,
+            "inputs": {port.name: port.type for port in known.inputs},
+            "outputs": dict(zip(known.output_names, known.outputs, strict=True)),
+        }
+        for name, known in types.items()
+    }
+    if arguments.json:
+        _write_json(rows)
+        return OK
+    for name, row in rows.items():
+        sys.stdout.write(f"{name}: {row['title']}\n  in:  {', '.join(row['inputs'])}\n  out: {', '.join(row['outputs'])}\n")
+    return OK
+
+
+def _variants(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from ..kandinsky_core.variants import VARIANTS
+
+    if arguments.json:
+        _write_json({name: asdict(row) for name, row in VARIANTS.items()})
+        return OK
+    for name, row in VARIANTS.items():
+        preset = f"{row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}"
+        sys.stdout.write(f"{name}: {row.title}\n  {', '.join(row.tasks)}; {preset}; {', '.join(row.files)}\n")
+    return OK
+
+
+def _fail(arguments: argparse.Namespace, code: int, message: str, problems: Sequence[str]) -> int:
+    if arguments.json:
+        _write_json({"error": {"exit_code": code, "message": message, "problems": list(problems)}})
+    sys.stderr.write(message.rstrip() + "\n")
+    return code
+
+
+def _write_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""ComfyUI's own nodes that the bundled workflows use, for runs without ComfyUI: same ids, inputs and widget order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..kandinsky_core.errors import KandinskyError, MediaError
+from ..kandinsky_core.io import media
+from ..nodes.comfy_io import io
+from ..nodes.host import host
+
+CONTAINERS = {"auto": ".mp4", "mp4": ".mp4", "mkv": ".mkv"}
+CODECS = ("auto", "h264")
+DEFAULT_CRF = 23.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """VIDEO: frames 0…1 `[T,H,W,3]` and their rate per second."""
+
+    frames_THWC: Tensor
+    fps: float
+
+
+class LoadImage(io.ComfyNode):
+    """Read an image from the input folder, or from any path."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="LoadImage",
+            display_name="Load Image",
+            category="image",
+            inputs=[
+                io.String.Input("image", default="", tooltip="File name in the input folder, or a path."),
+                io.String.Input("upload", default="image", optional=True),  # the editor's button has a saved value
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE"), io.Mask.Output(display_name="MASK")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, image: str | None) -> bool | str:
+        """Read the picture before anything runs."""
+        if image is None:
+            return True
+        try:
+            media.read_image(_input_path(image))
+        except MediaError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, image: str, upload: str = "image") -> io.NodeOutput:  # noqa: ARG003
+        """Read the picture; its mask is what is transparent."""
+        pixels = media.read_image(_input_path(image))
+        return io.NodeOutput(pixels[..., :3], 1 - pixels[..., 3] if pixels.shape[-1] == 4 else pixels[..., 0] * 0)
+
+
+class CreateVideo(io.ComfyNode):
+    """Join images to a clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="CreateVideo",
+            display_name="Create Video",
+            category="video",
+            inputs=[
+                io.Image.Input("images"),
+                io.Float.Input("fps", default=30.0, min=1.0, max=120.0, step=1.0),
+                io.Int.Input("bit_depth", default=8, min=8, max=8, optional=True),
+            ],
+            outputs=[io.Video.Output(display_name="VIDEO")],
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, fps: float, bit_depth: int = 8) -> io.NodeOutput:  # noqa: ARG003
+        """Keep frames and rate together."""
+        return io.NodeOutput(Clip(images, fps))
+
+
+class SaveVideo(io.ComfyNode):
+    """Write a clip into the output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition; the nested choices of ComfyUI's form follow each other in the same order."""
+        return io.Schema(
+            node_id="SaveVideo",
+            display_name="Save Video",
+            category="video",
+            inputs=[
+                io.Video.Input("video"),
+                io.String.Input("filename_prefix", default="video/ComfyUI"),
+                io.Combo.Input("format", options=list(CONTAINERS), default="auto"),
+                io.Combo.Input("format.codec", options=list(CODECS), default="auto", optional=True),
+                io.Combo.Input("format.codec.encoding", options=["auto", "re-encode"], default="auto", optional=True),
+                io.Float.Input("format.codec.encoding.crf", default=DEFAULT_CRF, min=0.0, max=51.0, optional=True),
+                io.Combo.Input("format.codec.encoding.color_space", options=["auto", "sRGB"], default="auto", optional=True),
+            ],
+            outputs=[io.Video.Output(display_name="video")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, video: Clip, filename_prefix: str, format: str, **encoding: Any) -> io.NodeOutput:
+        """Write the clip with everything that led to it in its metadata."""
+        path = _free_paths(filename_prefix, CONTAINERS[format], 1)[0]
+        crf = encoding.get("format.codec.encoding.crf", DEFAULT_CRF)
+        media.write_video(path, video.frames_THWC, fps=video.fps, crf=crf, metadata=host().running.metadata)
+        frames, height, width = video.frames_THWC.shape[:3]
+        facts = {"kind": "video", "width": width, "height": height, "frames": frames, "fps": video.fps}
+        return io.NodeOutput(video, ui={"files": [{"path": str(path), **facts}]})
+
+
+class SaveImage(io.ComfyNode):
+    """Write images into the output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="SaveImage",
+            display_name="Save Image",
+            category="image",
+            inputs=[io.Image.Input("images"), io.String.Input("filename_prefix", default="ComfyUI")],
+            outputs=[io.Image.Output(display_name="images")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:
+        """Write one PNG for each image, with everything that led to it in its metadata."""
+        return io.NodeOutput(images, ui={"files": _save_images(images, filename_prefix)})
+
+
+class PreviewImage(io.ComfyNode):
+    """Write images as 'preview' into the temporary folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="PreviewImage",
+            display_name="Preview Image",
+            category="image",
+            inputs=[io.Image.Input("images")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor) -> io.NodeOutput:
+        """Write one PNG for each image."""
+        return io.NodeOutput(ui={"files": _save_images(images, "temp/preview")})
+
+
+def core_nodes() -> list[type[io.ComfyNode]]:
+    """Return the stand-ins for ComfyUI's own nodes."""
+    return [LoadImage, CreateVideo, SaveVideo, SaveImage, PreviewImage]
+
+
+def _save_images(images_THWC: Tensor, prefix: str) -> list[dict[str, Any]]:
+    facts = {"kind": "image", "width": images_THWC.shape[2], "height": images_THWC.shape[1]}
+    paths = _free_paths(prefix, ".png", len(images_THWC))
+    for path, image_HWC in zip(paths, images_THWC, strict=True):
+        media.write_png(path, image_HWC, metadata=host().running.metadata)
+    return [{"path": str(path), **facts} for path in paths]
+
+
+def _input_path(name: str) -> Path:
+    """Return the picture that `name` means: in the input folder if it is there, else as a path."""
+    inside = host().directory("input") / name
+    return inside if inside.is_file() else Path(name).expanduser()
+
+
+def _free_paths(prefix: str, suffix: str, count: int) -> list[Path]:
+    """Return the next `count` free names `prefix_00001_.ext` of the output folder, as ComfyUI numbers them."""
+    root = host().directory("output").resolve()
+    start = (root / prefix).resolve()
+    if not start.is_relative_to(root) or start == root:
+        raise KandinskyError(f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name.")
+    taken = [path.name[len(start.name) + 1 : -len(suffix) - 1] for path in start.parent.glob(f"{start.name}_*_{suffix}")]
+    first = max((int(number) for number in taken if number.isdigit()), default=0) + 1
+    return [start.with_name(f"{start.name}_{number:05}_{suffix}") for number in range(first, first + count)]

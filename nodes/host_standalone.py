@@ -1,0 +1,328 @@
+"""The host without ComfyUI: plain folders, one heavy model in memory at a time, the core's own sampling loop.
+
+MODEL, CLIP and VAE are handles here: they name what to load, and loading happens when a node works with them.
+
+Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H rows, W columns, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
+from ..kandinsky_core.io import identify, identify_vae, load_crossdit, load_vae, open_checkpoint
+from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
+from ..kandinsky_core.text import load_text_encoder
+from ..kandinsky_core.variants import Variant
+from .host import (
+    KNOWN_FRAMES,
+    Conditioning,
+    EncodedText,
+    Host,
+    LoadedModel,
+    Progress,
+    SampleRequest,
+    VAEFacts,
+)
+
+logger = logging.getLogger("kandinsky5")
+
+MODELS_VARIABLE = "KANDINSKY5_MODELS"
+WEIGHTS_SUFFIX = ".safetensors"
+FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHandle:
+    """MODEL: a transformer file and the table row it runs as."""
+
+    path: Path
+    variant: Variant
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TextHandle:
+    """CLIP: the two text encoders' files."""
+
+    qwen: Path
+    clip: Path
+    tokenizer: Path | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class VAEHandle:
+    """VAE: an autoencoder file."""
+
+    path: Path
+    kind: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The node that runs now, and the fields that files saved by it carry as metadata."""
+
+    node: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class StandaloneHost(Host):
+    """Runs the nodes from the command line, a script or a test."""
+
+    def __init__(
+        self,
+        *,
+        models: Path | None = None,
+        output: Path | None = None,
+        device: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`models` has ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models); `device` None: the fastest one."""
+        self.models = models or Path(os.environ.get(MODELS_VARIABLE) or "models")
+        self.output = output or Path("output")
+        self.device = _device(device)
+        self.on_progress = on_progress
+        self.running = Running()
+        self.facts: dict[str, dict[str, Any]] = {}  # what was loaded and sampled, by the node that did it
+        self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
+        self._resident: tuple[Hashable, Any] | None = None
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def filenames(self, folder: str) -> list[str]:
+        """Names of the weights files under the folder key, with subfolders."""
+        inside = [
+            path.relative_to(root).as_posix()
+            for root in self._roots(folder)
+            for path in root.rglob(f"*{WEIGHTS_SUFFIX}")
+            if not _in_model_folder(path, root)
+        ]
+        return sorted({*self.extra.get(folder, ()), *inside})
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the model folders (with a config.json) under the folder key."""
+        found = {
+            path.parent.relative_to(root).as_posix()
+            for root in self._roots(folder)
+            for path in root.rglob("config.json")
+            if path.parent != root
+        }
+        return sorted(found)
+
+    def locate(self, folder: str, name: str) -> Path | None:
+        """Return the path of a name under the folder key, or None."""
+        if name in self.extra.get(folder, ()):
+            return self.extra[folder][name]
+        for root in self._roots(folder):
+            path = (root / name).resolve()
+            if path.is_relative_to(root.resolve()) and path != root.resolve() and path.exists():
+                return path
+        return None
+
+    def directory(self, kind: str) -> Path:
+        """Return the directory for inputs, outputs, temporary files or the cache."""
+        if kind == "cache":
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky5"
+        return {"input": Path("input"), "output": self.output, "temp": self.output / "temp"}[kind]
+
+    def _roots(self, folder: str) -> list[Path]:
+        return [self.models / name for name in FOLDER_NAMES.get(folder, (folder,)) if (self.models / name).is_dir()]
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
+        """Recognise a transformer file; its weights are read when the sampler needs them."""
+        identity = identify(open_checkpoint(path), variant)
+        handle = ModelHandle(path, identity.variant, self._dtype(dtype))
+        row = identity.variant
+        self._record(model=path.name, variant=row.name, dtype=str(handle.dtype).removeprefix("torch."))
+        report = (
+            f"{row.title}\n{identity.hint}\n"
+            f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}. Runs on {self.device}, {handle.dtype}."
+        )
+        if row.attention.kind != "full":
+            report += "\nThis variant was trained with block-sparse attention; here it runs dense: same picture, slower."
+            logger.info("%s: block-sparse attention is run dense", row.name)
+        return LoadedModel(handle, row, report)
+
+    def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> TextHandle:
+        """Name both text encoders; they are read when a prompt is encoded."""
+        self._record(text_encoders=[qwen.name, clip.name])
+        return TextHandle(qwen, clip, tokenizer, self._dtype(dtype))
+
+    def load_vae(self, path: Path, *, dtype: str) -> VAEHandle:
+        """Recognise an autoencoder file; its weights are read when something is encoded or decoded."""
+        self._record(vae=path.name)
+        return VAEHandle(path, identify_vae(open_checkpoint(path, part="vae")).kind, self._dtype(dtype))
+
+    def variant_of(self, model: Any) -> Variant | None:
+        """Return the table row of a MODEL handle."""
+        return model.variant if isinstance(model, ModelHandle) else None
+
+    def vae_facts(self, vae: Any) -> VAEFacts | None:
+        """Return the kind of a VAE handle."""
+        return VAEFacts(vae.kind) if isinstance(vae, VAEHandle) else None
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if name == "auto":
+            return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        if name not in DTYPES:
+            raise BackendUnavailable(
+                f"dtype '{name}' works inside ComfyUI only. Outside it use one of: auto, {', '.join(DTYPES)}."
+            )
+        return DTYPES[name]
+
+    def _load(self, handle: Hashable, load: Callable[[], Any]) -> Any:
+        """Return what `handle` stands for, dropping what was loaded before: one heavy model in memory at a time."""
+        if self._resident is None or self._resident[0] != handle:
+            self._resident = None  # freed before the next one is read
+            self._resident = (handle, load())
+        return self._resident[1]
+
+    def _autoencoder(self, vae: VAEHandle) -> Any:
+        return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).model)
+
+    # -- work -------------------------------------------------------------------------------------------------
+
+    def encode_text(self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
+        """Encode one prompt with the released template."""
+        encoder = self._load(
+            clip,
+            lambda: load_text_encoder(
+                clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, device=self.device
+            ),
+        )
+        text = encoder.encode(prompt, template, max_tokens=max_tokens)
+        self._record(prompts=[*self.facts.get(self.running.node, {}).get("prompts", ()), prompt])
+        conditioning = [[text.features_LD[None].float().cpu(), {"pooled_output": text.pooled_P[None].float().cpu()}]]
+        return EncodedText(conditioning, text.tokens, text.dropped)
+
+    def sample(self, model: ModelHandle, request: SampleRequest) -> Tensor:
+        """Run the core's flow-matching loop."""
+        if request.sampler_name != "euler":
+            raise BackendUnavailable(
+                f"Sampler '{request.sampler_name}' works inside ComfyUI only. Outside it use 'euler'."
+            )
+        row = model.variant
+        transformer = self._load(model, lambda: load_crossdit(
+            model.path, variant=row.name, dtype=model.dtype, device=self.device
+        ).model)  # fmt: skip
+        raw = request.latent["samples"]
+        is_image = raw.ndim == 4
+        raw_BCTHW = raw.unsqueeze(2) if is_image else raw
+        start_BCTHW = raw_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor
+        known = self._known(request.positive, row)
+        velocity = self._guided(transformer, model, request, known)
+        steps = len(request.sigmas) - 1
+        self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
+        progress = self.progress(steps)
+        x_BCTHW = sample(
+            velocity,
+            noise(start_BCTHW.shape, request.seed).to(self.device),
+            request.sigmas,
+            start_BCTHW=start_BCTHW if raw.any() else None,
+            known=known,
+            on_step=lambda done, *_: progress.tick(done),
+        )
+        out = (x_BCTHW / row.vae.scaling_factor).cpu()
+        return out.squeeze(2) if is_image else out
+
+    def _guided(self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known) -> Any:
+        def velocity(conditioning: Conditioning) -> Any:
+            return velocity_of(
+                transformer, _text(conditioning), dtype=model.dtype, rope_scale=model.variant.rope_scale, known=known
+            )
+
+        null = None if request.negative is None else velocity(request.negative)
+        return guide(velocity(request.positive), null, request.guidance)
+
+    def _known(self, conditioning: Conditioning, row: Variant) -> Known:
+        frames_BCTHW = conditioning[0][1].get(KNOWN_FRAMES)
+        if frames_BCTHW is None:
+            return Known()
+        return Known(frames_BCTHW=frames_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor)
+
+    def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:
+        """Encode to the mean of the posterior, so that the same picture gives the same latents."""
+        pixels_TCHW = (image_THWC[..., :3].movedim(-1, 1) * 2 - 1).to(self.device, vae.dtype)
+        pixels = pixels_TCHW if vae.kind == "flux" else pixels_TCHW.movedim(0, 1)[None]
+        return self._autoencoder(vae).encode(pixels, on_tile=self._tiles()).mode().float().cpu()
+
+    def vae_decode(self, vae: VAEHandle, samples: Tensor) -> Tensor:
+        """Decode clip after clip and join their frames."""
+        autoencoder = self._autoencoder(vae)
+        frames = []
+        for clip in samples.split(1):
+            pixels = autoencoder.decode(clip.to(self.device, vae.dtype), on_tile=self._tiles()).float()
+            pixels_TCHW = pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0)
+            frames.append((pixels_TCHW.movedim(1, -1) / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(frames)
+
+    def progress(self, total: int) -> Progress:
+        """Start a progress bar; cancelling is Python's own KeyboardInterrupt."""
+        report = self.on_progress or (lambda done, total: None)
+        report(0, total)
+        return Progress(lambda done: report(done, total))
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Return float32 zeros in main memory, where all node outputs are kept."""
+        return torch.zeros(shape)
+
+    # -- facts ------------------------------------------------------------------------------------------------
+
+    def versions(self) -> dict[str, str]:
+        """Return what else a result depends on."""
+        return {"version": _version(), "torch": torch.__version__, "device": self.device.type}
+
+    def _record(self, **facts: Any) -> None:
+        self.facts.setdefault(self.running.node, {}).update(facts)
+
+    def _tiles(self) -> Callable[[int, int], None]:
+        report = self.on_progress
+        return report if report is not None else (lambda done, total: None)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the named device, or the accelerator if there is one, else the processor."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackendUnavailable(f"Device '{name}' cannot be used here: {reason}. Leave it out to choose one.") from error
+    return device
+
+
+def _version() -> str:
+    try:
+        return metadata.version("kandinsky5")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _in_model_folder(path: Path, root: Path) -> bool:
+    """Whether a weights file is a part of a model folder, which is listed by its own name."""
+    return path.parent != root and (path.parent / "config.json").exists()
+
+
+def _text(conditioning: Conditioning) -> TextCondition:
+    if len(conditioning) != 1:
+        raise KandinskyError(
+            f"The conditioning has {len(conditioning)} parts; outside ComfyUI the sampler takes one. Do not combine prompts."
+        )
+    features_BLD, extra = conditioning[0]
+    return TextCondition(features_BLD, extra["pooled_output"])
