@@ -1,0 +1,239 @@
+"""Write and read pictures and clips: frames are streamed, files appear whole or not at all.
+
+Legend: T frames, H/W rows/columns, 3 = red, green, blue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import MediaError
+from .image import to_uint8
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
+    from PIL.Image import Image
+
+log = logging.getLogger("kandinsky5")
+
+Frame = Tensor | np.ndarray
+"""One picture [H,W,3]: uint8 0…255, or float 0…1 (rounded to uint8 one frame at a time)."""
+
+BT709 = 1  # code of the BT.709 primaries, transfer curve and matrix in H.264
+LIMITED_RANGE = 1
+
+CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+CODECS = ("h264", "lossless")
+
+
+class Video(NamedTuple):
+    """A clip in memory: frames float32 [T,H,W,3] 0…1, frames per second, and the container's metadata."""
+
+    frames_THW3: Tensor
+    fps: float
+    metadata: dict[str, str]
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: Iterable[Frame],
+    *,
+    fps: float,
+    codec: str = "h264",
+    crf: float = 14,
+    metadata: Mapping[str, object] | None = None,
+) -> Path:
+    """Encode frames as they come and return the file's path; the suffix chooses the container (mp4, mov, mkv).
+
+    `codec` "h264" plays everywhere (4:2:0, BT.709, quality `crf`, 0 best … 51; an odd last row or column is cut off).
+    "lossless" is H.264 in RGB: every pixel comes back exactly; players built on ffmpeg show it, browsers may not.
+    Metadata values that are no strings are stored as JSON. A failed write leaves nothing behind.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in CONTAINERS:
+        raise MediaError(
+            f"{target}: cannot write '{target.suffix}' clips. Possible: {', '.join(CONTAINERS)}."
+        )
+    if codec not in CODECS:
+        raise MediaError(f"Unknown codec {codec!r}. Possible: {', '.join(CODECS)}.")
+    if not 0 < fps <= 1000:
+        raise MediaError(f"{fps} frames per second cannot be written. Use a number between 1 and 120.")
+    import av
+
+    pictures = map(_pixels, frames)
+    first = next(pictures, None)
+    if first is None:
+        raise MediaError(f"{target}: there are no frames to write.")
+    with _whole_file(target, (OSError, av.error.FFmpegError)) as partial:
+        # mp4 and mov drop unknown tags without use_metadata_tags; faststart lets a clip play while it loads.
+        flags = {} if target.suffix.lower() == ".mkv" else {"movflags": "use_metadata_tags+faststart"}
+        with av.open(partial, "w", format=CONTAINERS[target.suffix.lower()], options=flags) as container:
+            container.metadata.update(_strings(metadata))
+            stream = _stream(container, first.shape, fps, codec, crf)
+            for index, pixels_HW3 in enumerate(chain([first], pictures)):
+                if pixels_HW3.shape != first.shape:
+                    raise MediaError(f"Frame {index} is {_size(pixels_HW3)}, the first one {_size(first)}.")
+                container.mux(stream.encode(_frame(pixels_HW3, stream)))
+            container.mux(stream.encode(None))
+    return target
+
+
+def read_video(path: str | os.PathLike[str]) -> Video:
+    """Decode a whole clip."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 24)
+            frames = [
+                torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)
+            ]
+            metadata = dict(container.metadata)
+    except (OSError, av.error.FFmpegError, IndexError) as error:
+        raise MediaError(f"{path} is not a clip that can be read: {error}.") from error
+    if not frames:
+        raise MediaError(f"{path} holds no frames.")
+    return Video(torch.stack(frames).float() / 255, rate, metadata)
+
+
+def write_png(
+    path: str | os.PathLike[str], image: Frame, *, metadata: Mapping[str, object] | None = None
+) -> Path:
+    """Write one picture with its facts as PNG text chunks; values that are no strings are stored as JSON."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    facts = PngInfo()
+    for key, value in _strings(metadata).items():
+        facts.add_text(key, value)
+    buffer = BytesIO()
+    Image.fromarray(_pixels(image)).save(buffer, "png", pnginfo=facts)
+    target = Path(path)
+    with _whole_file(target, (OSError,), len(buffer.getbuffer())) as partial:
+        partial.write_bytes(buffer.getbuffer())
+    return target
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read a picture as float32 [1,H,W,3] 0…1, upright; transparency lies on white, 16-bit greys keep their depth."""
+    from PIL import Image, ImageOps
+
+    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+    try:
+        with Image.open(path) as image:
+            array_HW3 = _rgb(ImageOps.exif_transpose(image))
+    except broken as error:
+        raise MediaError(f"{path} is not a picture that can be read: {error}.") from error
+    return torch.from_numpy(array_HW3).unsqueeze(0)
+
+
+def _rgb(image: Image) -> np.ndarray:
+    """Float32 [H,W,3] of any Pillow mode."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit greyscale, whatever Pillow calls it
+        grey_HW = np.asarray(image).astype(np.float32) / np.iinfo(np.uint16).max
+        return np.repeat(grey_HW[..., None].clip(0, 1), 3, axis=-1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def _pixels(frame: Frame) -> np.ndarray:
+    """Contiguous uint8 [H,W,3] of one frame."""
+    tensor = torch.as_tensor(frame)
+    if tensor.ndim != 3 or tensor.shape[-1] != 3 or not tensor.numel():
+        raise MediaError(f"A frame of shape {list(tensor.shape)} is not a picture [height, width, 3].")
+    if tensor.dtype != torch.uint8:
+        tensor = to_uint8(tensor)
+    return tensor.cpu().contiguous().numpy()
+
+
+def _stream(
+    container: OutputContainer, shape: tuple[int, ...], fps: float, codec: str, crf: float
+) -> VideoStream:
+    height, width, _ = shape
+    rate = Fraction(fps).limit_denominator(1001)
+    if codec == "lossless":
+        stream = container.add_stream("libx264rgb", rate, options={"crf": "0", "preset": "medium"})
+        stream.pix_fmt = "rgb24"
+        stream.width, stream.height = width, height
+        return stream
+    if min(height, width) < 2:
+        raise MediaError(
+            f"A clip of {width}x{height} is too small for H.264: sides need 2 pixels. Use 'lossless'."
+        )
+    if height % 2 or width % 2:
+        log.warning("H.264 needs even sides: %dx%d loses its last row or column", width, height)
+    stream = container.add_stream("libx264", rate, options={"crf": f"{crf:g}", "preset": "medium"})
+    stream.pix_fmt = "yuv420p"
+    stream.width, stream.height = width // 2 * 2, height // 2 * 2
+    # Untagged clips are shown with other colours by every second player.
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_range = LIMITED_RANGE
+    return stream
+
+
+def _frame(pixels_HW3: np.ndarray, stream: VideoStream) -> Any:
+    from av import VideoFrame
+    from av.video.reformatter import Colorspace, Interpolation
+
+    cropped_HW3 = np.ascontiguousarray(pixels_HW3[: stream.height, : stream.width])
+    frame = VideoFrame.from_ndarray(cropped_HW3, format="rgb24")
+    if stream.pix_fmt == "rgb24":
+        return frame
+    return frame.reformat(
+        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.BICUBIC
+    )
+
+
+@contextlib.contextmanager
+def _whole_file(
+    target: Path, errors: tuple[type[Exception], ...], needed_bytes: int | None = None
+) -> Iterator[Path]:
+    """Give a path to write to that becomes `target` at the end, or vanishes; `errors` become `MediaError`."""
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, target)
+    except errors as error:
+        size = needed_bytes or (partial.stat().st_size if partial.exists() else 0)
+        free = f"; {shutil.disk_usage(target.parent).free:,} bytes are free" if target.parent.is_dir() else ""
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
+        what = f"({size:,} bytes)" if needed_bytes else f"(failed after {size:,} bytes)"
+        raise MediaError(
+            f"{target} {what} cannot be written: {reason}{free}. Choose another folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _strings(metadata: Mapping[str, object] | None) -> dict[str, str]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()
+    }
+
+
+def _size(pixels_HW3: np.ndarray) -> str:
+    return f"{pixels_HW3.shape[1]}x{pixels_HW3.shape[0]}"
