@@ -184,7 +184,8 @@ def _nodes(arguments: argparse.Namespace) -> int:
         _write_json(rows)
         return OK
     for name, row in rows.items():
-        sys.stdout.write(f"{name}: {row['title']}\n  in:  {', '.join(row['inputs'])}\n  out: {', '.join(row['outputs'])}\n")
+        ports = f"  in:  {', '.join(row['inputs'])}\n  out: {', '.join(row['outputs'])}\n"
+        sys.stdout.write(f"{name}: {row['title']}\n{ports}")
     return OK
 
 

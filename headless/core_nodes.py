@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..nodes.host import host
 
 CONTAINERS = {"auto": ".mp4", "mp4": ".mp4", "mkv": ".mkv"}
 CODECS = ("auto", "h264")
-DEFAULT_CRF = 23.0
+ENCODING = "format.codec.encoding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,9 @@ class LoadImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: str, upload: str = "image") -> io.NodeOutput:  # noqa: ARG003
-        """Read the picture; its mask is what is transparent."""
-        pixels = media.read_image(_input_path(image))
-        return io.NodeOutput(pixels[..., :3], 1 - pixels[..., 3] if pixels.shape[-1] == 4 else pixels[..., 0] * 0)
+        """Read the picture, transparency on white; the mask is ComfyUI's for an opaque one."""
+        pixels_1HWC = media.read_image(_input_path(image))
+        return io.NodeOutput(pixels_1HWC, pixels_1HWC.new_zeros(1, 64, 64))
 
 
 class CreateVideo(io.ComfyNode):
@@ -100,9 +101,9 @@ class SaveVideo(io.ComfyNode):
                 io.String.Input("filename_prefix", default="video/ComfyUI"),
                 io.Combo.Input("format", options=list(CONTAINERS), default="auto"),
                 io.Combo.Input("format.codec", options=list(CODECS), default="auto", optional=True),
-                io.Combo.Input("format.codec.encoding", options=["auto", "re-encode"], default="auto", optional=True),
-                io.Float.Input("format.codec.encoding.crf", default=DEFAULT_CRF, min=0.0, max=51.0, optional=True),
-                io.Combo.Input("format.codec.encoding.color_space", options=["auto", "sRGB"], default="auto", optional=True),
+                io.Combo.Input(ENCODING, options=["auto", "re-encode"], default="auto", optional=True),
+                io.Float.Input(f"{ENCODING}.crf", default=23.0, min=0.0, max=51.0, optional=True),
+                io.Combo.Input(f"{ENCODING}.color_space", options=["auto", "sRGB"], default="auto", optional=True),
             ],
             outputs=[io.Video.Output(display_name="video")],
             is_output_node=True,
@@ -112,8 +113,8 @@ class SaveVideo(io.ComfyNode):
     def execute(cls, video: Clip, filename_prefix: str, format: str, **encoding: Any) -> io.NodeOutput:
         """Write the clip with everything that led to it in its metadata."""
         path = _free_paths(filename_prefix, CONTAINERS[format], 1)[0]
-        crf = encoding.get("format.codec.encoding.crf", DEFAULT_CRF)
-        media.write_video(path, video.frames_THWC, fps=video.fps, crf=crf, metadata=host().running.metadata)
+        chosen = {"crf": encoding[f"{ENCODING}.crf"]} if encoding.get(ENCODING) == "re-encode" else {}
+        media.write_video(path, video.frames_THWC, fps=video.fps, metadata=host().running.metadata, **chosen)
         frames, height, width = video.frames_THWC.shape[:3]
         facts = {"kind": "video", "width": width, "height": height, "frames": frames, "fps": video.fps}
         return io.NodeOutput(video, ui={"files": [{"path": str(path), **facts}]})
@@ -185,7 +186,10 @@ def _free_paths(prefix: str, suffix: str, count: int) -> list[Path]:
     root = host().directory("output").resolve()
     start = (root / prefix).resolve()
     if not start.is_relative_to(root) or start == root:
-        raise KandinskyError(f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name.")
-    taken = [path.name[len(start.name) + 1 : -len(suffix) - 1] for path in start.parent.glob(f"{start.name}_*_{suffix}")]
-    first = max((int(number) for number in taken if number.isdigit()), default=0) + 1
+        raise KandinskyError(
+            f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name."
+        )
+    taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}")
+    names = [path.name for path in start.parent.iterdir()] if start.parent.is_dir() else []
+    first = max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0) + 1
     return [start.with_name(f"{start.name}_{number:05}_{suffix}") for number in range(first, first + count)]

@@ -28,7 +28,7 @@ class Call:
 
     def __str__(self) -> str:
         """Name the node the way a user finds it on the canvas."""
-        named = f" '{self.title}'" if self.title and self.title != self.type else ""
+        named = f" '{self.title}'" if self.title != self.type else ""
         return f"node {self.id}{named} ({self.type})"
 
     def links(self) -> Iterable[tuple[str, Link]]:

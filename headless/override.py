@@ -23,7 +23,8 @@ def _apply(graph: Graph, types: Catalogue, text: str) -> str | None:
     fitting = [(call, name) for call, name in targets if call.type in types and types[call.type].port(name)]
     if len(fitting) > 1:
         several = "; ".join(str(call) for call, _ in fitting)
-        return f"--set {text}: several nodes are meant: {several}. Use the id, as in {fitting[0][0].id}.{fitting[0][1]}={value}."
+        example = f"{fitting[0][0].id}.{fitting[0][1]}={value}"
+        return f"--set {text}: several nodes are meant: {several}. Use the id, as in {example}."
     if fitting:
         call, name = fitting[0]
         port = types[call.type].port(name)

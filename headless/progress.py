@@ -23,7 +23,7 @@ class ProgressLine:
 
     def start(self, call: Call, index: int, total: int) -> None:
         """Tell that node `index` of `total` begins."""
-        self._label = f"[{index + 1}/{total}] {call.title or call.type}"
+        self._label = f"[{index + 1}/{total}] {call.title}"
         if self.is_terminal:
             self._draw(self._label)
         else:

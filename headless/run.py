@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import time
 from collections import Counter
@@ -95,14 +94,14 @@ def _execute(node: type, inputs: dict[str, Any]) -> Any:
 
 def _metadata(
     call: Call, graph: Graph, host: StandaloneHost, workflow: dict[str, Any] | None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Describe how the inputs of `call` came about, in the fields that ComfyUI reads back from a file."""
     sources = _ancestors(call, graph)
     facts = {name: host.facts[name] for name in sources if name in host.facts}
     fields: dict[str, Any] = {"prompt": to_api(graph), "kandinsky5": {**host.versions(), "nodes": facts}}
     if workflow is not None and "nodes" in workflow:
         fields["workflow"] = workflow
-    return {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
+    return fields
 
 
 def _ancestors(call: Call, graph: Graph) -> list[str]:

@@ -1,4 +1,4 @@
-"""Read workflow files in both of ComfyUI's formats: the editor's (nodes, links, widget values) and the API's (calls)."""
+"""Read workflow files in both of ComfyUI's formats: the editor's (nodes, links, widget values) and the API's."""
 
 from __future__ import annotations
 
@@ -35,22 +35,27 @@ def parse(document: dict[str, Any], types: Catalogue) -> Graph:
     if isinstance(document.get("nodes"), list):
         return _Editor(document, types).graph()
     if document and all(isinstance(entry, dict) and "class_type" in entry for entry in document.values()):
-        return _parse_api(document)
+        return _parse_api(document, types)
     raise GraphError(
         ["This JSON is neither a workflow saved by the editor (it has 'nodes') nor one in API format ('class_type')."]
     )
 
 
-def _parse_api(document: dict[str, Any]) -> Graph:
+def _parse_api(document: dict[str, Any], types: Catalogue) -> Graph:
     graph: Graph = {}
     for name, entry in document.items():
         inputs = {
             key: Link(str(value[0]), value[1]) if _is_api_link(value) else value
             for key, value in entry.get("inputs", {}).items()
         }
-        title = entry.get("_meta", {}).get("title", "")
-        graph[str(name)] = Call(id=str(name), type=entry["class_type"], title=title, inputs=inputs)
+        kind = entry["class_type"]
+        title = entry.get("_meta", {}).get("title") or _title(kind, types)
+        graph[str(name)] = Call(id=str(name), type=kind, title=title, inputs=inputs)
     return graph
+
+
+def _title(kind: str, types: Catalogue) -> str:
+    return types[kind].title if kind in types else kind
 
 
 def _is_api_link(value: Any) -> bool:
@@ -105,7 +110,7 @@ class _Editor:
 
     def _call(self, scope: _Scope, node: dict) -> Call:
         known = self.types.get(node["type"])
-        title = node.get("title") or (known.title if known else "")
+        title = node.get("title") or _title(node["type"], self.types)
         call = Call(id=f"{scope.prefix}{node['id']}", type=node["type"], title=title)
         if known:  # an unknown type is reported, with all others, when the graph is checked
             call.inputs |= self._widget_values(call, known, node.get("widgets_values") or [])
@@ -131,8 +136,8 @@ class _Editor:
         if rest:
             names = ", ".join(port.name for port in widgets)
             self.problems.append(
-                f"{call}: the file holds {len(values)} widget values, {len(rest)} more than its widgets take ({names}). "
-                "The file was saved by another version of this node: load it in ComfyUI and save it again."
+                f"{call}: the file holds {len(values)} widget values, {len(rest)} more than its widgets take "
+                f"({names}). It was saved by another version of this node: load it in ComfyUI and save it again."
             )
         return named
 
@@ -157,8 +162,8 @@ class _Editor:
             return node["widgets_values"][0]
         if node["type"] in self.subgraphs:
             inside = self._inside(scope, node)
-            ends = (link for link, _, _, end, number in inside.links.values() if (end, number) == (SUBGRAPH_OUTPUT, slot))
-            found = next(ends, None)
+            end = (SUBGRAPH_OUTPUT, slot)
+            found = next((link for link, _, _, *target in inside.links.values() if tuple(target) == end), None)
             return None if found is None else self._source(inside, found)
         return Link(f"{scope.prefix}{source}", slot)
 

@@ -2,7 +2,8 @@
 
 MODEL, CLIP and VAE are handles here: they name what to load, and loading happens when a node works with them.
 
-Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H rows, W columns, L text tokens, D text width.
+Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H rows, W columns,
+L text tokens, D text width, P pooled width.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
-from ..kandinsky_core.io import identify, identify_vae, load_crossdit, load_vae, open_checkpoint
+from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
 from ..kandinsky_core.text import load_text_encoder
+from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.variants import Variant
 from .host import (
     KNOWN_FRAMES,
@@ -75,7 +77,7 @@ class Running:
     """The node that runs now, and the fields that files saved by it carry as metadata."""
 
     node: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StandaloneHost(Host):
@@ -89,7 +91,10 @@ class StandaloneHost(Host):
         device: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`models` has ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models); `device` None: the fastest one."""
+        """Take the place of ComfyUI's folders: `models` (default $KANDINSKY5_MODELS, else ./models) and `output`.
+
+        `device` None takes the accelerator if there is one; `on_progress(done, total)` is told of the running node.
+        """
         self.models = models or Path(os.environ.get(MODELS_VARIABLE) or "models")
         self.output = output or Path("output")
         self.device = _device(device)
@@ -150,10 +155,11 @@ class StandaloneHost(Host):
         self._record(model=path.name, variant=row.name, dtype=str(handle.dtype).removeprefix("torch."))
         report = (
             f"{row.title}\n{identity.hint}\n"
-            f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}. Runs on {self.device}, {handle.dtype}."
+            f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}.\n"
+            f"Runs on {self.device} in {handle.dtype}."
         )
         if row.attention.kind != "full":
-            report += "\nThis variant was trained with block-sparse attention; here it runs dense: same picture, slower."
+            report += "\nThis variant was trained with block-sparse attention; here it runs dense, which is slower."
             logger.info("%s: block-sparse attention is run dense", row.name)
         return LoadedModel(handle, row, report)
 
@@ -165,7 +171,8 @@ class StandaloneHost(Host):
     def load_vae(self, path: Path, *, dtype: str) -> VAEHandle:
         """Recognise an autoencoder file; its weights are read when something is encoded or decoded."""
         self._record(vae=path.name)
-        return VAEHandle(path, identify_vae(open_checkpoint(path, part="vae")).kind, self._dtype(dtype))
+        spec = load_vae(path, check_finite=False).spec  # maps the weights, reads none of them
+        return VAEHandle(path, spec.kind, self._dtype(dtype))
 
     def variant_of(self, model: Any) -> Variant | None:
         """Return the table row of a MODEL handle."""
@@ -192,19 +199,21 @@ class StandaloneHost(Host):
         return self._resident[1]
 
     def _autoencoder(self, vae: VAEHandle) -> Any:
-        return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).model)
+        return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)
 
     # -- work -------------------------------------------------------------------------------------------------
 
     def encode_text(self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
         """Encode one prompt with the released template."""
-        encoder = self._load(
-            clip,
-            lambda: load_text_encoder(
-                clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, device=self.device
-            ),
+        options = {"tokenizer_path": clip.tokenizer, "dtype": clip.dtype}
+        text = encode_cached(
+            EmbeddingCache(self.directory("cache") / "text"),
+            encoder_hash(clip.qwen, clip.clip, **options),
+            lambda: self._load(clip, lambda: load_text_encoder(clip.qwen, clip.clip, device=self.device, **options)),
+            prompt,
+            template,
+            max_tokens=max_tokens,
         )
-        text = encoder.encode(prompt, template, max_tokens=max_tokens)
         self._record(prompts=[*self.facts.get(self.running.node, {}).get("prompts", ()), prompt])
         conditioning = [[text.features_LD[None].float().cpu(), {"pooled_output": text.pooled_P[None].float().cpu()}]]
         return EncodedText(conditioning, text.tokens, text.dropped)
@@ -258,23 +267,22 @@ class StandaloneHost(Host):
         """Encode to the mean of the posterior, so that the same picture gives the same latents."""
         pixels_TCHW = (image_THWC[..., :3].movedim(-1, 1) * 2 - 1).to(self.device, vae.dtype)
         pixels = pixels_TCHW if vae.kind == "flux" else pixels_TCHW.movedim(0, 1)[None]
-        return self._autoencoder(vae).encode(pixels, on_tile=self._tiles()).mode().float().cpu()
+        return self._autoencoder(vae).encode(pixels, on_tile=self._show).mode().float().cpu()
 
     def vae_decode(self, vae: VAEHandle, samples: Tensor) -> Tensor:
         """Decode clip after clip and join their frames."""
         autoencoder = self._autoencoder(vae)
         frames = []
         for clip in samples.split(1):
-            pixels = autoencoder.decode(clip.to(self.device, vae.dtype), on_tile=self._tiles()).float()
+            pixels = autoencoder.decode(clip.to(self.device, vae.dtype), on_tile=self._show).float()
             pixels_TCHW = pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0)
             frames.append((pixels_TCHW.movedim(1, -1) / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(frames)
 
     def progress(self, total: int) -> Progress:
         """Start a progress bar; cancelling is Python's own KeyboardInterrupt."""
-        report = self.on_progress or (lambda done, total: None)
-        report(0, total)
-        return Progress(lambda done: report(done, total))
+        self._show(0, total)
+        return Progress(lambda done: self._show(done, total))
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Return float32 zeros in main memory, where all node outputs are kept."""
@@ -289,9 +297,9 @@ class StandaloneHost(Host):
     def _record(self, **facts: Any) -> None:
         self.facts.setdefault(self.running.node, {}).update(facts)
 
-    def _tiles(self) -> Callable[[int, int], None]:
-        report = self.on_progress
-        return report if report is not None else (lambda done, total: None)
+    def _show(self, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(done, total)
 
 
 def _device(name: str | None) -> torch.device:
@@ -303,7 +311,9 @@ def _device(name: str | None) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise BackendUnavailable(f"Device '{name}' cannot be used here: {reason}. Leave it out to choose one.") from error
+        raise BackendUnavailable(
+            f"Device '{name}' cannot be used here: {reason}. Leave it out to choose one."
+        ) from error
     return device
 
 
@@ -322,7 +332,8 @@ def _in_model_folder(path: Path, root: Path) -> bool:
 def _text(conditioning: Conditioning) -> TextCondition:
     if len(conditioning) != 1:
         raise KandinskyError(
-            f"The conditioning has {len(conditioning)} parts; outside ComfyUI the sampler takes one. Do not combine prompts."
+            f"The conditioning has {len(conditioning)} parts; outside ComfyUI the sampler takes one. "
+            "Do not combine prompts."
         )
     features_BLD, extra = conditioning[0]
     return TextCondition(features_BLD, extra["pooled_output"])
