@@ -162,13 +162,13 @@ def run_plan(
             on_tile(done, plan.passes)
         return out
 
-    clip: Tensor | None = None
+    clip = x_BCTHW.new_empty(0)  # made when the first piece shows its channels
     for window in plan.time:
         start, stop = window.start * way.time_in, _first_frame(window.stop, way.time_in)
         piece = _assemble(plan, x_BCTHW[:, :, start:stop], counted, way)
         if len(plan.time) == 1:
             return piece
-        if clip is None:
+        if not clip.numel():
             clip = piece.new_empty(*piece.shape[:2], _first_frame(frames, way.time_out), *piece.shape[3:])
         piece = piece[:, :, _first_frame(window.lead, way.time_out) :]
         begin = _first_frame(window.start + window.lead, way.time_out)
@@ -181,7 +181,7 @@ def run_plan(
 def _assemble(plan: Plan, x_BCTHW: Tensor, once: Callable[[Tensor], Tensor], way: Direction) -> Tensor:
     """Run one window tile by tile; each tile fades with the finished tile above it, then with the one to its left."""
     _, rows, columns = plan.latent_thw
-    frame: Tensor | None = None
+    frame = x_BCTHW.new_empty(0)  # made when the first tile shows its channels
     above: dict[Span, Tensor] = {}
     for row in plan.rows:
         left: Tensor | None = None
@@ -190,7 +190,7 @@ def _assemble(plan: Plan, x_BCTHW: Tensor, once: Callable[[Tensor], Tensor], way
             tile = once(x_BCTHW[..., y, x])
             if len(plan.rows) == len(plan.columns) == 1:
                 return tile
-            if frame is None:
+            if not frame.numel():
                 frame = tile.new_empty(*tile.shape[:3], rows * way.space_out, columns * way.space_out)
             if column in above:
                 _fade(above[column], tile, row.blend * way.space_out, dim=-2)
