@@ -18,7 +18,7 @@ from torch import Tensor
 from ..io.checkpoint import open_checkpoint
 from .encoder import OnLayer, TextEncoder, TextFeatures
 from .templates import get_template
-from .tokens import tokenizer_folder
+from .tokens import require_text, tokenizer_folder
 
 logger = logging.getLogger("kandinsky5")
 
@@ -120,7 +120,7 @@ def cache_key(
     """SHA-256 over everything an embedding depends on: encoder, template text, prompt, limit, image pixels."""
     chosen = get_template(template)
     pixels = [[list(image.shape), _digest(image)] for image in images or ()]
-    facts = [VERSION, identity, chosen.prefix, chosen.suffix, chosen.crop_start, prompt, max_tokens, pixels]
+    facts = [VERSION, identity, chosen.prefix, chosen.suffix, chosen.crop_start, require_text(prompt), max_tokens, pixels]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from ..io.signature import describe
-from .weights import Layout, assign, tower_names
+from .weights import Layout, assign, looks_like, tower_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
@@ -74,7 +73,7 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in needed if f"{name}.weight" not in names]:
         raise CheckpointError(
             f"{checkpoint.path} is not a whole CLIP text encoder: {', '.join(missing)} missing. "
-            f"{describe(checkpoint.tensors)}"
+            f"{looks_like(checkpoint)}"
         )
     (vocab, hidden), (positions, _), (inner, _) = (checkpoint.shape(names[f"{name}.weight"]) for name in needed)
     if hidden != WIDTH:

@@ -17,7 +17,7 @@ from ..io.checkpoint import open_checkpoint
 from .clip import load_clip_tower, pooled_state
 from .images import Patches, patches
 from .qwen import load_text_tower
-from .templates import get_template
+from .templates import Template, get_template
 from .tokens import (
     CLIP_TOKENS,
     CLIPTokenizer,
@@ -25,6 +25,7 @@ from .tokens import (
     Tokens,
     load_clip_tokenizer,
     load_qwen_tokenizer,
+    require_text,
     tokenizer_folder,
 )
 from .vision import image_states, load_vision_tower, positions
@@ -96,48 +97,44 @@ class TextEncoder(nn.Module):
         tokens left after the template's crop; None means the released limit, with images the transformer's 1024.
         What does not fit is dropped from the prompt's end, counted in the result and logged.
         """
-        if not isinstance(prompt, str):
-            raise TextError(f"A prompt must be text, not {type(prompt).__name__}.")
+        require_text(prompt)
         if self.device.type == "meta":
             raise TextError("The text encoder was freed. Load it again.")
-        chosen = get_template(template)
-        if images and not (chosen.takes_images and self._load_vision):
-            raise TextError(f"Template {template!r} takes no images. Use 'image_edit', or give no images.")
-        released = TEXT_POSITIONS if images else chosen.max_tokens
-        limit = released if max_tokens is None else max_tokens
-        if not 1 <= limit <= TEXT_POSITIONS:
-            raise TextError(f"max_tokens is {limit}; it must be between 1 and {TEXT_POSITIONS}.")
         pictures = [patches(image) for image in images or ()]
-        tokens = self.qwen_tokenizer.tokenize(prompt, chosen, limit, [picture.tokens for picture in pictures])
-        if not tokens.kept:
-            raise TextError(
-                f"Nothing is left of this prompt: template {template!r} drops the first {tokens.crop} tokens and the "
-                f"whole text has {len(tokens.ids)}. Write a longer prompt, or give the image to edit."
-            )
-        clip_tokens = self.clip_tokenizer.tokenize(prompt, min(CLIP_TOKENS, self.clip.config.max_position_embeddings))
+        tokens = self._tokenize(prompt, get_template(template), pictures, max_tokens)
+        clip_limit = min(CLIP_TOKENS, self.clip.config.max_position_embeddings)
+        clip_tokens = self.clip_tokenizer.tokenize(prompt, clip_limit)
+        _require_known(tokens, self.qwen, self.qwen_tokenizer)
+        _require_known(clip_tokens, self.clip, self.clip_tokenizer)
         with self._reporting(on_layer):
             features_LD = self._features(tokens, pictures)
             clip_ids = torch.tensor(clip_tokens.ids, device=self.device)
             pooled_P = pooled_state(self.clip, clip_ids, self.clip_tokenizer.end_id)
-        for tower, states in (("Qwen2.5-VL", features_LD), ("CLIP", pooled_P)):
-            if not torch.isfinite(states).all():
-                raise TextError(
-                    f"{tower} gave NaN or Inf in {states.dtype}. Its file is damaged, or float16 is too narrow for it: "
-                    "use bfloat16 or float32."
-                )
-        if tokens.dropped or clip_tokens.dropped:
-            logger.warning(
-                "Prompt cut: Qwen keeps %d tokens and drops %d, CLIP keeps %d and drops %d.",
-                tokens.kept, tokens.dropped, len(clip_tokens.ids), clip_tokens.dropped,
-            )  # fmt: skip
-        return TextFeatures(
-            features_LD,
-            pooled_P,
-            tokens.kept,
-            tokens.dropped,
-            len(clip_tokens.ids),
-            clip_tokens.dropped,
+        _require_finite(features_LD, "Qwen2.5-VL")
+        _require_finite(pooled_P, "CLIP")
+        result = TextFeatures(
+            features_LD, pooled_P, tokens.kept, tokens.dropped, clip_tokens.kept, clip_tokens.dropped
         )
+        _log_cuts(result)
+        return result
+
+    def _tokenize(
+        self, prompt: str, template: Template, pictures: Sequence[Patches], max_tokens: int | None
+    ) -> Tokens:
+        """Token ids for Qwen; a request that leaves nothing to encode raises `TextError`."""
+        if pictures and not (template.takes_images and self._load_vision):
+            raise TextError(f"Template {template.name!r} takes no images. Use 'image_edit', or give no images.")
+        released = TEXT_POSITIONS if pictures else template.max_tokens
+        limit = released if max_tokens is None else max_tokens
+        if not 1 <= limit <= TEXT_POSITIONS:
+            raise TextError(f"max_tokens is {limit}; it must be between 1 and {TEXT_POSITIONS}.")
+        tokens = self.qwen_tokenizer.tokenize(prompt, template, limit, [picture.tokens for picture in pictures])
+        if not tokens.kept:
+            raise TextError(
+                f"Nothing is left of this prompt: template {template.name!r} drops the first {tokens.crop} tokens and "
+                f"the whole text has {len(tokens.ids)}. Write a longer prompt, or give the image to edit."
+            )
+        return tokens
 
     def _features(self, tokens: Tokens, pictures: Sequence[Patches]) -> Tensor:
         """`[L, D]`: Qwen states after the final norm and the crop."""
@@ -171,6 +168,33 @@ class TextEncoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _require_known(tokens: Tokens, tower: nn.Module, tokenizer: QwenTokenizer | CLIPTokenizer) -> None:
+    rows = tower.get_input_embeddings().num_embeddings
+    if max(tokens.ids) >= rows:
+        raise TextError(
+            f"The tokenizer in {tokenizer.source} gives token {max(tokens.ids)}, but the weights know {rows} tokens. "
+            "It belongs to another model; give the tokenizer that came with the weights."
+        )
+
+
+def _require_finite(states: Tensor, tower: str) -> None:
+    if not torch.isfinite(states).all():
+        raise TextError(
+            f"{tower} gave NaN or Inf in {states.dtype}. Its file is damaged, or float16 is too narrow for it: "
+            "use bfloat16 or float32."
+        )
+
+
+def _log_cuts(result: TextFeatures) -> None:
+    """Say what was cut: a warning for Qwen's tokens; CLIP's 77 are fewer than most prompts have, so only a note."""
+    if result.dropped or result.clip_dropped:
+        logger.log(
+            logging.WARNING if result.dropped else logging.INFO,
+            "Prompt cut: Qwen keeps %d tokens and drops %d, CLIP keeps %d and drops %d.",
+            result.tokens, result.dropped, result.clip_tokens, result.clip_dropped,
+        )  # fmt: skip
 
 
 def load_text_encoder(

@@ -11,8 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from ..io.signature import describe
-from .weights import Layout, assign, tower_names
+from .weights import Layout, assign, looks_like, tower_names
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
@@ -63,7 +62,7 @@ def _sizes(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
     if missing := [name for name in needed if f"{name}.weight" not in names]:
         raise CheckpointError(
             f"{checkpoint.path} is not a whole Qwen2.5-VL: {', '.join(missing)} missing. "
-            f"{describe(checkpoint.tensors)}"
+            f"{looks_like(checkpoint)}"
         )
     shapes = [checkpoint.shape(names[f"{name}.weight"]) for name in needed]
     (vocab, hidden), (queries, _), (keys, _), (inner, _) = shapes

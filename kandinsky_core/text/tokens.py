@@ -124,6 +124,15 @@ class CLIPTokenizer:
         return found
 
 
+def require_text(prompt: object) -> str:
+    """`prompt` if it is a string of real characters, else `TextError`."""
+    if not isinstance(prompt, str):
+        raise TextError(f"A prompt must be text, not {type(prompt).__name__}.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise TextError("The prompt holds half of a UTF-16 character pair. Type or paste it again as plain text.")
+    return prompt
+
+
 def tokenizer_folder(weights: Path, given: str | os.PathLike[str] | None) -> Path:
     """Folder of the tokenizer files: `given`, else the weights' own folder or its diffusers sibling `tokenizer*`."""
     if given is not None:

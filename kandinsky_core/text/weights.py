@@ -38,13 +38,18 @@ def tower_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
         elif not layout.ignored.match(name) and not QUANTISATION_KEYS.search(name):
             unexpected.append(name)
     if not any(name.endswith(".weight") for name in found):
-        raise CheckpointError(f"{checkpoint.path} is not {layout.title}. {describe(checkpoint.tensors)}")
+        raise CheckpointError(f"{checkpoint.path} is not {layout.title}. {looks_like(checkpoint)}")
     if unexpected:
         raise CheckpointError(
             f"{checkpoint.path} is not {layout.title} alone: {len(unexpected)} tensors do not belong to it "
-            f"({_some(unexpected)}). {describe(checkpoint.tensors)}"
+            f"({_some(unexpected)}). {looks_like(checkpoint)}"
         )
     return found
+
+
+def looks_like(checkpoint: Checkpoint) -> str:
+    """One sentence on what the file is; language models keep most of their names under `model.`."""
+    return describe(name.removeprefix("model.") for name in checkpoint.tensors)
 
 
 def assign(tower: nn.Module, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None) -> None:

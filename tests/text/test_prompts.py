@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import TextError
-from comfyui_kandinsky5.kandinsky_core.text import TEMPLATES
+from comfyui_kandinsky5.kandinsky_core.text import TEMPLATES, load_text_encoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +60,11 @@ def test_only_text_is_a_prompt(encoder, prompt):
         encoder.encode(prompt, "video")
 
 
+def test_half_a_character_is_named(encoder):
+    with pytest.raises(TextError, match="UTF-16"):
+        encoder.encode("cat \ud83d", "video")
+
+
 def test_unusable_requests_are_named(encoder):
     with pytest.raises(TextError, match="video, image, image_edit"):
         encoder.encode("x", "poem")
@@ -72,8 +77,6 @@ def test_unusable_requests_are_named(encoder):
 
 
 def test_nan_weights_are_named(folders):
-    from comfyui_kandinsky5.kandinsky_core.text import load_text_encoder
-
     encoder = load_text_encoder(*folders, dtype=torch.bfloat16)
     encoder.qwen.norm.weight[0] = float("nan")
     with pytest.raises(TextError, match=r"Qwen2\.5-VL gave NaN"):
