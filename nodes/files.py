@@ -44,4 +44,4 @@ def locate(kind: str, name: str) -> Path:
 
 
 def _built_in(kind: str) -> dict[str, Path]:
-    return {f"nano/{path.name}{BUILT_IN}": path for path in nano.files(kind)}
+    return {f"nano/{path.name}{BUILT_IN}": path for path in getattr(nano, "files", lambda kind: [])(kind)}

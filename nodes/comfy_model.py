@@ -1,0 +1,342 @@
+"""MODEL inside ComfyUI: CrossDiT built from `comfy.ops` layers, in core's base model and patcher.
+
+Core's samplers, LoRA loaders, shift, context window, preview, attention and compile nodes work on the result.
+
+Legend: B batch, C channels, T latent frames, H latent rows, W latent columns, N visual tokens, L text tokens,
+A heads, E head width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.common_dit
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ..kandinsky_core.io import Identity, fill, identify, open_checkpoint
+from ..kandinsky_core.io.checkpoint import Checkpoint
+from ..kandinsky_core.model import CrossDiT
+from ..kandinsky_core.model.attention import Attend
+from ..kandinsky_core.variants import VARIANTS, CrossDiTSpec, VAESpec, Variant
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+INFERENCE_DTYPES = [torch.bfloat16, torch.float32]  # fp16 overflows in the released weights' feed-forward
+
+# Live bytes of one forward are about this many activations [N, width]; core's estimate is per latent cell (a quarter
+# of a token) in units of 0.01 MiB per byte of dtype.
+LIVE_ACTIVATIONS = 16
+MEMORY_UNIT = 4 * 0.01 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class HostAttend:
+    """Visual self-attention through core's attention, so that back-ends and overrides chosen by nodes apply."""
+
+    options: dict[str, Any]  # core's transformer_options of this call
+
+    def __call__(self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor) -> Tensor:
+        """Attend. Core's functions give [B,N,A*E], which overrides written for core's own Kandinsky 5 rely on."""
+        heads = q_BANE.shape[1]
+        out_BND = optimized_attention(
+            q_BANE, k_BANE, v_BANE, heads=heads, skip_reshape=True, transformer_options=self.options
+        )
+        return out_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class HostedCrossDiT(CrossDiT):
+    """CrossDiT with the constructor and `forward` that core's base model calls."""
+
+    def __init__(
+        self,
+        *,
+        spec: CrossDiTSpec,
+        rope_scale: tuple[float, float, float],
+        operations: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(spec, ops=operations, device=device, dtype=dtype)
+        self.dtype = dtype
+        self.rope_scale = rope_scale
+        self.patch_size = spec.patch_size
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, time_dim_replace: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """Run core's wrappers around the network (context windows, caches, block-sparse attention use them)."""
+        options = {} if transformer_options is None else transformer_options
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self.velocity, self, comfy.patcher_extension.get_all_wrappers(kind, options)
+        ).execute(
+            x, timestep, context, y, time_dim_replace=time_dim_replace, transformer_options=options, **kwargs
+        )
+
+    def velocity(
+        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, time_dim_replace: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        """Velocity of `x` [B,C,T,H,W] or [B,C,H,W]; any size: padded to whole patches, and cut back.
+
+        `time_dim_replace` [B,c,t,H,W] (model units) is written over the first channels and frames.
+        """
+        options = {} if transformer_options is None else transformer_options
+        x_BCTHW = x if x.ndim == 5 else x.unsqueeze(2)
+        rows, columns = x_BCTHW.shape[3:]
+        x_BCTHW = comfy.ldm.common_dit.pad_to_patch_size(x_BCTHW, self.patch_size)
+        if time_dim_replace is not None:
+            known = comfy.ldm.common_dit.pad_to_patch_size(time_dim_replace, self.patch_size)
+            x_BCTHW = x_BCTHW.clone()
+            x_BCTHW[:, : known.shape[1], : known.shape[2]] = known
+        out_BTHWC = super().forward(
+            x_BCTHW.movedim(1, -1),
+            context,
+            y,
+            timestep,
+            rope_scale=rope_scale_of(options, self.rope_scale),
+            attend=HostAttend(options),
+            on_block=lambda index, total: options.update(
+                block_index=index, total_blocks=total, block_type="double"
+            ),
+        )
+        out_BCTHW = out_BTHWC.movedim(-1, 1)[..., :rows, :columns]
+        return out_BCTHW if x.ndim == 5 else out_BCTHW.squeeze(2)
+
+    def run_blocks(
+        self, x_BND: Tensor, text_BLD: Tensor, time_BE: Tensor, rope_NP2: Tensor, attend: HostAttend,
+        attend_text: Attend, on_block: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Run the visual blocks, or what nodes have put in their place (`patches_replace`)."""
+        patches = attend.options.get("patches_replace", {}).get("dit", {})
+        if not any(
+            ("double_block", index) in patches for index in range(len(self.visual_transformer_blocks))
+        ):
+            return super().run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block)
+        total = len(self.visual_transformer_blocks)
+        for index, block in enumerate(self.visual_transformer_blocks):
+            on_block(index, total)
+
+            def original(args: dict[str, Any], block: Any = block) -> dict[str, Tensor]:
+                state = (args["x"], args["context"], args["time_embed"], args["freqs"])
+                return {"x": block(*state, HostAttend(args["transformer_options"]), attend_text)}
+
+            args = {
+                "x": x_BND, "context": text_BLD, "time_embed": time_BE, "freqs": rope_NP2,
+                "transformer_options": attend.options,
+            }  # fmt: skip
+            patch = patches.get(("double_block", index))
+            x_BND = (original(args) if patch is None else patch(args, {"original_block": original}))["x"]
+        return x_BND
+
+
+def rope_scale_of(options: dict[str, Any], preset: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Return the divisors of positions: core's ScaleROPE node replaces the preset; its shifts change nothing here.
+
+    Rotary attention sees differences of positions only, so a constant shift cancels.
+    """
+    chosen = options.get("rope_options")
+    if chosen is None:
+        return preset
+    t, y, x = (chosen.get(f"scale_{axis}", 1.0) for axis in "tyx")
+    return (1 / t, 1 / y, 1 / x)
+
+
+class FluxUnshifted(comfy.latent_formats.Flux):
+    """FLUX latents as Kandinsky 5 uses them: scaled, not shifted; preview colours follow."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        shift = self.shift_factor * spec.scaling_factor
+        self.scale_factor = spec.scaling_factor
+        self.shift_factor = 0.0
+        sums = [sum(channel) for channel in zip(*self.latent_rgb_factors, strict=True)]
+        self.latent_rgb_factors_bias = [
+            bias - shift * total for bias, total in zip(self.latent_rgb_factors_bias, sums, strict=True)
+        ]
+
+
+class HunyuanScaled(comfy.latent_formats.HunyuanVideo):
+    """HunyuanVideo latents with the scale of the variant's autoencoder."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        self.scale_factor = spec.scaling_factor
+        if spec.block_out_channels != VAESpec(kind=spec.kind, scaling_factor=1.0).block_out_channels:
+            # Another autoencoder's latents: its preview colours and preview decoder do not fit.
+            self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
+
+
+class K5Config(comfy.supported_models_base.BASE):
+    """What core asks about a model, answered from the variant table."""
+
+    unet_extra_config: dict[str, Any] = {}
+    supported_inference_dtypes = INFERENCE_DTYPES
+
+    def __init__(self, row: Variant) -> None:
+        spec = row.vae
+        self.latent_format = lambda: FluxUnshifted(spec) if spec.kind == "flux" else HunyuanScaled(spec)
+        super().__init__({"image_model": "kandinsky5", "spec": row.spec, "rope_scale": row.rope_scale})
+        self.row = row
+        self.sampling_settings = {"shift": row.shift}
+        self.memory_usage_factor = LIVE_ACTIVATIONS * row.spec.model_dim / MEMORY_UNIT
+
+
+class K5BaseModel(comfy.model_base.Kandinsky5):
+    """Core's Kandinsky 5 with our network; conditions for text-to-image, editing and context windows added."""
+
+    def __init__(self, config: K5Config, device: Any = None) -> None:
+        # Core's Kandinsky5 class would build core's network; everything else of it is wanted.
+        comfy.model_base.BaseModel.__init__(
+            self, config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedCrossDiT
+        )
+        self.row = config.row
+
+    def concat_cond(self, **kwargs: Any) -> Tensor | None:
+        """Return the channels behind the latent: none (T2I), [edit latent | 1] (editing), [0 | known mask] (video)."""
+        spec = self.row.spec
+        if spec.instruct_type is None:
+            return super().concat_cond(**kwargs) if spec.visual_cond else None
+        noise = kwargs["noise"]
+        image = kwargs.get("concat_latent_image")
+        if image is None:
+            return torch.zeros_like(noise).repeat_interleave(2, dim=1)[:, : noise.shape[1] + 1]
+        image = comfy.utils.repeat_to_batch_size(self.process_latent_in(image).to(noise), noise.shape[0])
+        return torch.cat((image, torch.ones_like(noise)[:, :1]), dim=1)
+
+    def resize_cond_for_context_window(
+        self, cond_key: str, cond_value: Any, window: Any, x_in: Tensor, device: Any,
+        retain_index_list: Sequence[int] = (),
+    ) -> Any:  # fmt: skip
+        """Give each context window only those known start frames that lie in it."""
+        if cond_key != "time_dim_replace":
+            return super().resize_cond_for_context_window(
+                cond_key, cond_value, window, x_in, device, retain_index_list=retain_index_list
+            )
+        frames = cond_value.cond
+        inside = sum(index < frames.shape[2] for index in window.index_list)
+        return cond_value._copy_with(frames[:, :, :inside].to(device))
+
+
+class HostCheckpoint(Checkpoint):
+    """A checkpoint whose tensors come through core's loader, which lets dynamic VRAM read weights from the file."""
+
+    def __init__(self, opened: Checkpoint) -> None:
+        super().__init__(opened.path, opened.tensors, opened.metadata, opened.config)
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return tensor `name` as core's loader gives it."""
+        info = self.tensors[name]
+        file = os.fspath(info.file)
+        if file not in self._loaded:
+            self._loaded[file] = comfy.utils.load_torch_file(file)
+        return self._loaded[file][info.key]
+
+
+def load(path: str, variant: str | None, dtype: str, disable_dynamic: bool = False) -> Any:
+    """Load a transformer as a patcher; core calls this again when it needs a second, independent copy."""
+    return load_identified(path, variant, dtype, disable_dynamic)[0]
+
+
+def load_identified(
+    path: str, variant: str | None, dtype: str, disable_dynamic: bool = False
+) -> tuple[Any, Identity]:
+    """Load a transformer as a patcher, and say what it was recognised as."""
+    checkpoint = open_checkpoint(path)
+    identity = identify(checkpoint, variant)
+    config = K5Config(identity.variant)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    weights = weight_dtype(checkpoint, dtype)
+    compute = comfy.model_management.unet_manual_cast(weights, load_device, config.supported_inference_dtypes)
+    if dtype == "fp16" and comfy.model_management.should_use_fp16(load_device, prioritize_performance=False):
+        compute = None  # asked for by name
+    config.set_inference_dtype(weights, compute, device=load_device)
+    config.custom_operations = operations(weights, compute, load_device)
+    model = K5BaseModel(config, device="meta")
+    expected = CrossDiT(identity.spec, device="meta")
+    fill(model.diffusion_model, HostCheckpoint(checkpoint), expected, dtype=weights)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    patcher_class = (
+        comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    )
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load, (path, variant, dtype))
+    return patcher, identity
+
+
+def weight_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """Return the dtype to hold weights in: the named one, or what core picks for what the file stores."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    largest = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
+    return comfy.model_management.unet_dtype(
+        model_params=checkpoint.nbytes // checkpoint.dtype(largest).itemsize,
+        supported_dtypes=INFERENCE_DTYPES,
+        weight_dtype=checkpoint.dtype(largest),
+    )
+
+
+def operations(weights: torch.dtype, compute: torch.dtype | None, device: Any) -> Any:
+    """Return the layer classes core picks, but always ones that cast: time and norms compute in float32."""
+    picked = comfy.ops.pick_operations(weights, compute, load_device=device)
+    return picked if issubclass(picked, comfy.ops.manual_cast) else comfy.ops.manual_cast
+
+
+def variant_of(model: Any) -> Variant | None:
+    """Return the table row of a MODEL: ours carries it, for core's own loader the architecture's first row."""
+    base = getattr(model, "model", None)
+    if isinstance(base, K5BaseModel):
+        return base.row
+    if not isinstance(base, comfy.model_base.Kandinsky5):
+        return None
+    width = base.diffusion_model.model_dim
+    channels = base.diffusion_model.visual_embed_dim // 4
+    return next(
+        (
+            row
+            for row in VARIANTS.values()
+            if row.spec.model_dim == width and row.spec.visual_embed_dim == channels
+        ),
+        None,
+    )
+
+
+def report(identity: Identity, model: Any) -> str:
+    """Say what was recognised, the preset and how it is computed."""
+    row = identity.variant
+    base = model.model
+    lines = [
+        row.title,
+        identity.hint,
+        f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}, {row.fps} frames per second.",
+        f"Weights {base.get_dtype()}, computed in {base.get_dtype_inference()} on {model.load_device}.",
+    ]
+    if row.attention.kind == "nabla":
+        lines.append(
+            "Trained with block-sparse attention; this loader computes it dense: same picture, slower."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""VAE inside ComfyUI: the core package's autoencoders behind the methods that core's nodes call.
+
+Legend: B batch, C channels, T frames, H rows, W columns (of pixels or latents).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..kandinsky_core.errors import ShapeError
+from ..kandinsky_core.io import load_vae
+from ..kandinsky_core.shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, pixel_frames
+from ..kandinsky_core.vae.flux import FluxVAE
+from ..kandinsky_core.vae.hunyuan import HunyuanVideoVAE
+from ..kandinsky_core.vae.tiling import WINDOW
+from ..kandinsky_core.variants import VAESpec
+from .comfy_model import DTYPES
+from .host import VAEFacts
+
+WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+# Live bytes per pixel of the frame for each byte of dtype: a constant part and one per frame of a 17-frame window.
+DECODE_BYTES, DECODE_FRAME_BYTES = 750, 800
+ENCODE_BYTES, ENCODE_FRAME_BYTES = 1000, 600
+IMAGE_DECODE_BYTES, IMAGE_ENCODE_BYTES = 800, 500
+
+
+def _bar() -> Any:
+    """Return an `on_tile` callback that drives core's progress bar, which also raises core's interruption."""
+    bars: list[comfy.utils.ProgressBar] = []
+
+    def on_tile(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if not bars:
+            bars.append(comfy.utils.ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return on_tile
+
+
+class HostedVAE(torch.nn.Module):
+    """An autoencoder as core's `first_stage_model`: tensors in and out, progress and cancel inside."""
+
+    def __init__(self, vae: HunyuanVideoVAE | FluxVAE) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encode pixels, -1...1, to the most likely raw latent."""
+        return self.vae.encode(x, on_tile=_bar()).mode()
+
+    def decode(self, z: Tensor, **_: Any) -> Tensor:
+        """Decode raw latents to pixels, about -1...1."""
+        return self.vae.decode(z, on_tile=_bar())
+
+
+class K5VAE(comfy.sd.VAE):
+    """Core's VAE around one of our autoencoders (core's own constructor recognises published widths only)."""
+
+    def __init__(self, model: HostedVAE, spec: VAESpec, dtype: torch.dtype, disable_dynamic: bool) -> None:
+        self.spec = spec
+        self.first_stage_model = model
+        self.vae_dtype = dtype
+        self.working_dtypes = WORKING_DTYPES
+        self.device = comfy.model_management.vae_device()
+        self.output_device = comfy.model_management.intermediate_device()
+        self.latent_channels = spec.latent_channels
+        self.output_channels = 3
+        self.pad_channel_value = None
+        self.process_input = lambda image: image * 2 - 1
+        self.process_output = lambda image: image.add_(1).div_(2).clamp_(0, 1)
+        self.disable_offload = self.not_video = self.handles_tiling = False
+        self.size = self.extra_1d_channel = self.format_encoded = None
+        self.crop_input = True
+        self.audio_sample_rate = 44100
+        if spec.kind == "hunyuan":
+            self.latent_dim = 3
+            self.upscale_ratio = (lambda t: max(0, pixel_frames(t)), VAE_SPATIAL, VAE_SPATIAL)
+            self.downscale_ratio = (
+                lambda t: max(0, latent_frames(t + 3 - (t + 2) % 4)),
+                VAE_SPATIAL,
+                VAE_SPATIAL,
+            )
+            self.upscale_index_formula = self.downscale_index_formula = (
+                VAE_TEMPORAL,
+                VAE_SPATIAL,
+                VAE_SPATIAL,
+            )
+            self.memory_used_decode = _decode_bytes
+            self.memory_used_encode = _encode_bytes
+        else:
+            self.latent_dim = 2
+            self.upscale_ratio = self.downscale_ratio = VAE_SPATIAL
+            self.upscale_index_formula = self.downscale_index_formula = None
+            self.memory_used_decode = _image_decode_bytes
+            self.memory_used_encode = _image_encode_bytes
+        comfy.model_management.archive_model_dtypes(model)
+        patcher = (
+            comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+        )
+        self.patcher = patcher(
+            model, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
+        )
+
+
+def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    frames = pixel_frames(min(shape[2], WINDOW))
+    area = shape[3] * shape[4] * VAE_SPATIAL**2
+    return shape[0] * area * (DECODE_BYTES + DECODE_FRAME_BYTES * frames) * dtype.itemsize
+
+
+def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    frames = min(shape[2], pixel_frames(WINDOW))
+    return shape[0] * shape[3] * shape[4] * (ENCODE_BYTES + ENCODE_FRAME_BYTES * frames) * dtype.itemsize
+
+
+def _image_decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    return shape[2] * shape[3] * VAE_SPATIAL**2 * IMAGE_DECODE_BYTES * dtype.itemsize
+
+
+def _image_encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    return shape[2] * shape[3] * IMAGE_ENCODE_BYTES * dtype.itemsize
+
+
+def load(path: str, dtype: str, disable_dynamic: bool = False) -> K5VAE:
+    """Load an autoencoder of either kind from any layout."""
+    device = comfy.model_management.vae_device()
+    held = DTYPES[dtype] if dtype != "auto" else comfy.model_management.vae_dtype(device, WORKING_DTYPES)
+    # Layers that cast: weights stay where core puts them, and follow the input's dtype and device.
+    loaded = load_vae(path, ops=comfy.ops.manual_cast, dtype=held)
+    vae = K5VAE(HostedVAE(loaded.vae), loaded.spec, held, disable_dynamic)
+    vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
+    return vae
+
+
+def _load_patcher(path: str, dtype: str, disable_dynamic: bool = False) -> Any:
+    """Load again and return the patcher (core wants it to make independent copies)."""
+    return load(path, dtype, disable_dynamic).patcher
+
+
+def facts(vae: Any) -> VAEFacts | None:
+    """Return the kind of a VAE of ours, or of core's by its latent layout."""
+    if isinstance(vae, K5VAE):
+        return VAEFacts(vae.spec.kind)
+    if getattr(vae, "latent_channels", None) != 16:
+        return None
+    if vae.latent_dim == 3 and vae.temporal_compression_decode() == VAE_TEMPORAL:
+        return VAEFacts("hunyuan", own=False)
+    return VAEFacts("flux", own=False) if vae.latent_dim == 2 else None
+
+
+def encode(vae: Any, image_THWC: Tensor) -> Tensor:
+    """Encode with either VAE. Core's own one computes later video latents from shifted frames."""
+    return vae.encode(image_THWC[..., :3])
+
+
+def decode(vae: Any, samples: Tensor) -> Tensor:
+    """Decode to IMAGE [B*T,H,W,3]."""
+    wanted = vae.latent_dim + 2
+    if samples.ndim == 4 and wanted == 5:
+        samples = samples.unsqueeze(2)
+    if samples.shape[1] != vae.latent_channels or (
+        wanted == 4 and samples.ndim == 5 and samples.shape[2] != 1
+    ):
+        raise ShapeError(
+            f"This VAE takes latents of {vae.latent_channels} channels and {wanted} axes; got {list(samples.shape)}. "
+            "Video latents need the HunyuanVideo VAE, picture latents the FLUX one."
+        )
+    images = vae.decode(samples)
+    return images.flatten(0, 1) if images.ndim == 5 else images

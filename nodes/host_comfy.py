@@ -1,0 +1,149 @@
+"""The host that is ComfyUI: core's folders, memory management, samplers, previews and progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..kandinsky_core.variants import Variant
+from . import comfy_clip, comfy_model, comfy_vae
+from .host import EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
+
+SUFFIXES = (".safetensors", ".sft")
+INDEX = ".safetensors.index.json"
+
+
+class ComfyHost(Host):
+    """Answers the nodes inside ComfyUI."""
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def filenames(self, folder: str) -> list[str]:
+        """Return safetensors files under the folder key, from every configured place."""
+        names = folder_paths.get_filename_list(folder)
+        inside = self._model_folders(folder)
+        return [name for name in names if name.lower().endswith(SUFFIXES) and _parent(name) not in inside]
+
+    def folders(self, folder: str) -> list[str]:
+        """Return folders that hold a config.json beside weights."""
+        return sorted(self._model_folders(folder))
+
+    def locate(self, folder: str, name: str) -> Path | None:
+        """Return the path of a listed file or model folder."""
+        relative = Path(name)
+        if relative.is_absolute() or ".." in relative.parts or relative == Path():
+            return None
+        found = (Path(root) / relative for root in folder_paths.get_folder_paths(folder))
+        return next((path for path in found if path.exists()), None)
+
+    def directory(self, kind: str) -> Path:
+        """Return ComfyUI's directory for `kind`."""
+        if kind == "cache":
+            return Path(folder_paths.get_system_user_directory("kandinsky5"))
+        return Path(folder_paths.get_directory_by_type(kind))
+
+    def _model_folders(self, folder: str) -> set[str]:
+        parents = {_parent(name) for name in folder_paths.get_filename_list(folder)} - {""}
+        return {
+            name
+            for name in parents
+            if (path := self.locate(folder, name)) and (path / "config.json").is_file()
+        }
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
+        """Load a transformer into core's base model and patcher."""
+        patcher, identity = comfy_model.load_identified(str(path), variant, dtype)
+        return LoadedModel(patcher, identity.variant, comfy_model.report(identity, patcher))
+
+    def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> Any:
+        """Load both text encoders into core's CLIP."""
+        return comfy_clip.load(qwen, clip, tokenizer, dtype)
+
+    def load_vae(self, path: Path, *, dtype: str) -> Any:
+        """Load an autoencoder into core's VAE."""
+        return comfy_vae.load(str(path), dtype)
+
+    def variant_of(self, model: Any) -> Variant | None:
+        """Return the table row of a MODEL, ours or core's."""
+        return comfy_model.variant_of(model)
+
+    def vae_facts(self, vae: Any) -> VAEFacts | None:
+        """Return the kind of a VAE, ours or core's."""
+        return comfy_vae.facts(vae)
+
+    def sampler_names(self) -> list[str]:
+        """Return core's samplers."""
+        return list(comfy.samplers.SAMPLER_NAMES)
+
+    def shift_of(self, model: Any) -> float | None:
+        """Return the shift that a node such as ModelSamplingSD3 put on this MODEL."""
+        patch = model.object_patches.get("model_sampling")
+        return None if patch is None else float(patch.shift)
+
+    # -- work -------------------------------------------------------------------------------------------------
+
+    def encode_text(self, clip: Any, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
+        """Encode one prompt."""
+        return comfy_clip.encode(clip, prompt, template, max_tokens)
+
+    def sample(self, model: Any, request: SampleRequest) -> Tensor:
+        """Run core's guider and sampler over our sigmas."""
+        latent = comfy.sample.fix_empty_latent_channels(model, request.latent["samples"])
+        guider = comfy.samplers.CFGGuider(model)
+        # A guider needs both prompts; at guidance 1 it leaves the second one out by itself.
+        guider.set_conds(request.positive, request.negative or request.positive)
+        guider.set_cfg(request.guidance)
+        samples = guider.sample(
+            comfy.sample.prepare_noise(latent, request.seed, request.latent.get("batch_index")),
+            latent,
+            comfy.samplers.sampler_object(request.sampler_name),
+            request.sigmas,
+            denoise_mask=request.latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(request.sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=request.seed,
+        )
+        return samples.to(
+            comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype()
+        )
+
+    def vae_encode(self, vae: Any, image_THWC: Tensor) -> Tensor:
+        """Encode a clip or pictures."""
+        return comfy_vae.encode(vae, image_THWC)
+
+    def vae_decode(self, vae: Any, samples: Tensor) -> Tensor:
+        """Decode to IMAGE."""
+        return comfy_vae.decode(vae, samples)
+
+    def progress(self, total: int) -> Progress:
+        """Start core's progress bar; it raises core's interruption when the user cancelled."""
+        bar = comfy.utils.ProgressBar(total)
+
+        def tick(done: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        return Progress(tick)
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Return zeros where core keeps node outputs."""
+        return torch.zeros(
+            shape,
+            device=comfy.model_management.intermediate_device(),
+            dtype=comfy.model_management.intermediate_dtype(),
+        )
+
+
+def _parent(name: str) -> str:
+    return Path(name).parent.as_posix().removeprefix(".")
