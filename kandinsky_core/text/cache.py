@@ -118,9 +118,9 @@ def cache_key(
     max_tokens: int | None = None,
 ) -> str:
     """SHA-256 over everything an embedding depends on: encoder, template text, prompt, limit, image pixels."""
-    chosen = get_template(template)
+    chosen, prompt = get_template(template), require_text(prompt)
     pixels = [[list(image.shape), _digest(image)] for image in images or ()]
-    facts = [VERSION, identity, chosen.prefix, chosen.suffix, chosen.crop_start, require_text(prompt), max_tokens, pixels]
+    facts = [VERSION, identity, chosen.prefix, chosen.suffix, chosen.crop_start, prompt, max_tokens, pixels]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
