@@ -61,7 +61,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
 
     def add(kind: str, **inputs: Any) -> str:
         name = str(len(graph) + 1)
-        graph[name] = Call(id=name, type=kind, title="", inputs=inputs)
+        graph[name] = Call(id=name, type=kind, title=kind, inputs=inputs)
         return name
 
     loaded = add("K5LoadModel", model_name=model, variant=wish.variant or "auto", dtype=wish.dtype)
