@@ -19,7 +19,7 @@ NEXT = "it has other blocks than Kandinsky 5.0 and needs a pack made for it"
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A model is `title` when every pattern is found at the start of some tensor name (prefixes stripped)."""
+    """A model is `title` when every pattern is found at the start of some tensor name, its prefixes stripped."""
 
     title: str
     advice: str
@@ -44,13 +44,14 @@ SIGNATURES = (
     _row("FLUX", DIFFUSION, r"double_blocks\.\d+\.img_attn\.", r"single_blocks\.\d+\.linear1\."),
     _row("FLUX (diffusers)", DIFFUSION, r"single_transformer_blocks\.", r"x_embedder\.", r"context_embedder\."),
     _row("Stable Diffusion 3", DIFFUSION, r"joint_blocks\.\d+\.context_block\."),
-    _row("Stable Diffusion 3 (diffusers)", DIFFUSION, r"pos_embed\.proj\.", r"transformer_blocks\.\d+\.ff_context\."),
-    _row("LTX-Video", DIFFUSION, r"adaln_single\.emb\.timestep_embedder\.", r"(patchify_proj|proj_in)\."),
+    _row("Stable Diffusion 3 (diffusers)", DIFFUSION, r"pos_embed\.proj\.", r"transformer_blocks\.0\.norm1_context\."),
+    _row("PixArt", DIFFUSION, r"(t_block\.1\.|adaln_single\.)", r"(pos_embed\.proj|x_embedder\.proj)\."),
+    _row("LTX-Video", DIFFUSION, r"adaln_single\.emb\.timestep_embedder\.", r"patchify_proj\."),
+    _row("LTX-Video (diffusers)", DIFFUSION, r"time_embed\.emb\.timestep_embedder\.", r"proj_in\."),
     _row("Qwen-Image", DIFFUSION, r"txt_norm\.", r"transformer_blocks\.\d+\.(img|txt)_mlp\."),
+    _row("Mochi", DIFFUSION, r"(t5_yproj|time_embed\.pooler)\."),
     _row("CogVideoX", DIFFUSION, r"(transformer_)?blocks\.0\.norm1\.linear\.", r"patch_embed\."),
-    _row("Mochi", DIFFUSION, r"t5_yproj\."),
-    _row("PixArt", DIFFUSION, r"t_block\.1\."),
-    _row("Lumina 2 or Z-Image", DIFFUSION, r"cap_embedder\.1\.", r"noise_refiner\.0\."),
+    _row("Lumina 2 or Z-Image", DIFFUSION, r"(cap_embedder\.1|time_caption_embed)\.", r"noise_refiner\.0\."),
     _row("Stable Diffusion XL", BUNDLE, r"input_blocks\.0\.0\.", r"label_emb\."),
     _row("Stable Diffusion", BUNDLE, r"input_blocks\.0\.0\."),
     _row("Stable Diffusion (diffusers)", BUNDLE, r"down_blocks\.\d+\.attentions\.", r"time_embedding\."),
@@ -61,11 +62,11 @@ SIGNATURES = (
     _row("the Wan or Qwen-Image autoencoder", OTHER_VAE, r"decoder\.mid(dle\.0\.residual|_block\.\S+\.gamma)"),
     _row("the LTX-Video autoencoder", OTHER_VAE, r"(per_channel_statistics\.|latents_mean)", r"decoder\."),
     _row("a Stable Diffusion autoencoder", OTHER_VAE, r"decoder\.conv_in\.weight", r"post_quant_conv\."),
-    _row("an image autoencoder of the FLUX kind", VAE, r"decoder\.conv_in\.weight", r"encoder\.conv_in\.weight"),
+    _row("an image autoencoder of the FLUX kind", VAE, r"decoder\.conv_in\.weight", r"decoder\.mid(_block)?\."),
     _row("a tiny preview autoencoder", OTHER_VAE, r"(decoder\.|decoder\.layers\.)?[13]\.conv\.0\."),
     _row("Qwen2.5-VL", TEXT, r"visual\.blocks\.", r"(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
     _row("a Qwen2.5 language model", TEXT, r"(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
-    _row("CLIP", TEXT, r"text_model\.encoder\.layers\.\d+\."),
+    _row("CLIP", TEXT, r"(text_model\.)?embeddings\.token_embedding\.", r"(text_model\.)?encoder\.layers\.\d+\."),
     _row("T5", OTHER_TEXT, r"encoder\.block\.\d+\.layer\.0\.SelfAttention\."),
     _row("a language model", OTHER_TEXT, r"(language_model\.)?layers\.\d+\.(self_attn|mlp)\."),
 )  # fmt: skip
@@ -75,7 +76,9 @@ def recognise(names: Iterable[str]) -> Signature | None:
     """The signature that a set of tensor names carries, None when nothing is known."""
     listing = "\n".join(names)
     for signature in SIGNATURES:
-        if all(re.search(f"^{pattern}", listing, re.MULTILINE) for pattern in signature.patterns):
+        if all(
+            re.search(rf"^(?:model\.)?{pattern}", listing, re.MULTILINE) for pattern in signature.patterns
+        ):
             return signature
     return None
 
