@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ..kandinsky_core.errors import TextError
 from ..kandinsky_core.text import TextEncoder, TextFeatures, load_text_encoder
+from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
+from ..kandinsky_core.text.encoder import OnLayer
 from ..kandinsky_core.text.tokens import tokenizer_folder
 from .comfy_model import DTYPES
 from .host import EncodedText
@@ -36,11 +39,29 @@ _ADOPTED = {
 }
 
 
+def _bar() -> OnLayer:
+    """Return an `on_layer` callback that drives core's progress bar and raises core's interruption."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_layer(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_layer
+
+
+def _outputs(features_LD: Tensor, pooled_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features [1,L,D] and pooled [1,P] as core keeps them."""
+    device = comfy.model_management.intermediate_device()
+    return features_LD[None].float().to(device), pooled_P[None].float().to(device)
+
+
 class HostedTextEncoder(TextEncoder):
     """Both text towers as core's `cond_stage_model`."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, identity: str) -> None:
         super().__init__(encoder.qwen, encoder.clip, encoder.qwen_tokenizer, encoder.clip_tokenizer)
+        self.identity = identity  # of the files, for the embedding cache
         self._device: torch.device | None = None
         self.last: TextFeatures | None = None
         for module in self.modules():
@@ -72,19 +93,12 @@ class HostedTextEncoder(TextEncoder):
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Encode what `K5Tokenizer` made: features [1,L,D], pooled [1,P]."""
         request = tokens[QWEN]
-        bar = comfy.utils.ProgressBar(1)
-
-        def on_layer(done: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
-
-        options = {"max_tokens": request.max_tokens, "on_layer": on_layer}
+        options = {"max_tokens": request.max_tokens, "on_layer": _bar()}
         self.last = text = self.encode(request.prompt, request.template, **options)
         pooled_P = text.pooled_P
         if tokens[CLIP_L].prompt != request.prompt:  # core's node with two prompt fields
             pooled_P = self.encode(tokens[CLIP_L].prompt, request.template, **options).pooled_P
-        output = comfy.model_management.intermediate_device()
-        return text.features_LD[None].float().to(output), pooled_P[None].float().to(output), {}
+        return *_outputs(text.features_LD, pooled_P), {}
 
 
 class Request:
@@ -118,14 +132,12 @@ class K5Tokenizer:
 
 def load(qwen: Path, clip: Path, tokenizer: Path | None, dtype: str) -> comfy.sd.CLIP:
     """Load both encoders into core's CLIP."""
-    encoder = load_text_encoder(
-        qwen,
-        clip,
-        tokenizer_path=tokenizer or _tokenizer(qwen, "text_encoders/qwen25_tokenizer"),
-        clip_tokenizer_path=_tokenizer(clip, "sd1_tokenizer"),
-        dtype=None if dtype == "auto" else DTYPES[dtype],
-    )
-    hosted = HostedTextEncoder(encoder)
+    options = {
+        "tokenizer_path": tokenizer or _tokenizer(qwen, "text_encoders/qwen25_tokenizer"),
+        "clip_tokenizer_path": _tokenizer(clip, "sd1_tokenizer"),
+        "dtype": None if dtype == "auto" else DTYPES[dtype],
+    }
+    hosted = HostedTextEncoder(load_text_encoder(qwen, clip, **options), encoder_hash(qwen, clip, **options))
     comfy.model_management.archive_model_dtypes(hosted)
     out = comfy.sd.CLIP(no_init=True)
     out.cond_stage_model = hosted
@@ -152,13 +164,37 @@ def _tokenizer(weights: Path, own: str) -> Path | None:
     return None
 
 
-def encode(clip: Any, prompt: str, template: str, max_tokens: int) -> EncodedText:
+def encode(clip: Any, prompt: str, template: str, max_tokens: int, cache: EmbeddingCache) -> EncodedText:
     """Encode with our text encoder, or with core's for Kandinsky 5."""
-    encoder = clip.cond_stage_model
-    if isinstance(encoder, HostedTextEncoder):
+    if not isinstance(clip.cond_stage_model, HostedTextEncoder):
+        return _encode_with_core(clip, prompt)
+    if clip.patcher.patches or clip.patcher.forced_hooks:  # a LoRA changes the result: nothing cached applies
         tokens = clip.tokenize(prompt, tokenizer_options={TEMPLATE: template, MAX_TOKENS: max_tokens})
         conditioning = clip.encode_from_tokens_scheduled(tokens)
-        return EncodedText(conditioning, encoder.last.tokens, encoder.last.dropped)
+        return EncodedText(
+            conditioning, clip.cond_stage_model.last.tokens, clip.cond_stage_model.last.dropped
+        )
+    text = encode_cached(
+        cache,
+        clip.cond_stage_model.identity,
+        lambda: _on_device(clip),
+        prompt,
+        template,
+        max_tokens=max_tokens,
+        on_layer=_bar(),
+    )
+    features_BLD, pooled_BP = _outputs(text.features_LD, text.pooled_P)
+    return EncodedText([[features_BLD, {"pooled_output": pooled_BP}]], text.tokens, text.dropped)
+
+
+def _on_device(clip: comfy.sd.CLIP) -> HostedTextEncoder:
+    """Have core load the encoder, which frees what is in the way."""
+    clip.load_model()
+    clip.cond_stage_model.device = clip.patcher.load_device
+    return clip.cond_stage_model
+
+
+def _encode_with_core(clip: Any, prompt: str) -> EncodedText:
     tokens = clip.tokenize(prompt)
     if QWEN not in tokens:
         raise TextError(

@@ -14,6 +14,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
 from . import comfy_clip, comfy_model, comfy_vae
 from .host import EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
@@ -95,7 +96,8 @@ class ComfyHost(Host):
 
     def encode_text(self, clip: Any, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
         """Encode one prompt."""
-        return comfy_clip.encode(clip, prompt, template, max_tokens)
+        cache = EmbeddingCache(self.directory("cache") / "text")
+        return comfy_clip.encode(clip, prompt, template, max_tokens, cache)
 
     def sample(self, model: Any, request: SampleRequest) -> Tensor:
         """Run core's guider and sampler over our sigmas."""
