@@ -42,6 +42,7 @@ class WidgetInput(Input):
         self.step = options.get("step")
         self.multiline = options.get("multiline", False)
         self.control_after_generate = options.get("control_after_generate", False)
+        self.force_input = options.get("force_input", False)
 
 
 class ComboInput(WidgetInput):
