@@ -13,17 +13,18 @@ from .graph import Call, Graph, GraphError, Link, order
 
 def check(graph: Graph, types: Catalogue) -> list[Call]:
     """Bring all values to their types and return the calls to run in order; every problem found is in the error."""
-    problems = [problem for call in graph.values() for problem in _check_call(call, graph, types)]
+    problems = [problem for call in graph.values() for problem in _problems(call, graph, types)]
     targets = [call.id for call in graph.values() if call.type in types and types[call.type].is_output]
     if not targets and not problems:
         problems.append("The workflow has no output node (for example Save Video), so there is nothing to run.")
     if problems:
         raise GraphError(problems)
-    calls = order(graph, targets)
-    problems = [problem for call in calls for problem in _ask_node(call, types[call.type])]
-    if problems:
-        raise GraphError(problems)
-    return calls
+    return order(graph, targets)
+
+
+def _problems(call: Call, graph: Graph, types: Catalogue) -> list[str]:
+    """Check a call by its schema and, if that finds nothing, let the node check the values."""
+    return list(_check_call(call, graph, types)) or list(_ask_node(call, types[call.type]))
 
 
 def _check_call(call: Call, graph: Graph, types: Catalogue) -> Iterable[str]:

@@ -1,0 +1,278 @@
+"""The command line on tiny random models: whole runs, exit codes, messages, metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+
+import pytest
+import tiny
+import torch
+from comfyui_kandinsky5.headless.cli import main
+from comfyui_kandinsky5.kandinsky_core.io import open_checkpoint, save_checkpoint
+from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video, write_png
+from comfyui_kandinsky5.nodes import host as door
+
+TINY = ["--text-encoder", tiny.QWEN, "--clip", tiny.CLIP]
+VIDEO = [*TINY, "--model", tiny.VIDEO, "--vae", tiny.VIDEO_VAE, "--steps", "2", "--frames", "5"]
+SMALL = ["--width", "64", "--height", "48"]
+
+
+@pytest.fixture
+def cli(models, tmp_path, monkeypatch, capsys):
+    """Run a command in the test's folder; gives exit code, standard output and standard error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KANDINSKY5_MODELS", str(models))
+    monkeypatch.setattr(door, "_current", [])
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def generate(cli, *arguments, prompt="a red circle"):
+    return cli("generate", "--device", "cpu", "--prompt", prompt, *VIDEO, *SMALL, *arguments)
+
+
+def test_text_to_video_writes_a_clip_with_its_history(cli):
+    code, out, err = generate(cli, "--seed", "5")
+    assert code == 0
+    path = out.strip()
+    assert path.endswith("output/kandinsky5_00001_.mp4")
+    clip = read_video(path)
+    assert clip.frames_THW3.shape == (5, 48, 64, 3)
+    facts = json.loads(clip.metadata["kandinsky5"])
+    assert {"version", "torch", "device"} <= facts.keys()
+    recorded = {key: value for node in facts["nodes"].values() for key, value in node.items()}
+    assert recorded["variant"] == "lite_i2v_5s"
+    assert recorded["seed"] == 5
+    assert recorded["prompts"][0] == "a red circle"
+    prompt = json.loads(clip.metadata["prompt"])
+    assert "K5Sample" in {node["class_type"] for node in prompt.values()}
+    assert "Kandinsky 5 Sampler" not in out
+    assert "[1/9]" in err
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(cli, tmp_path):
+    for seed in ("1", "1", "2"):
+        assert generate(cli, "--seed", seed, "--quiet")[0] == 0
+    clips = [read_video(tmp_path / f"output/kandinsky5_0000{n}_.mp4").frames_THW3 for n in (1, 2, 3)]
+    assert torch.equal(clips[0], clips[1])
+    assert not torch.equal(clips[0], clips[2])
+
+
+def test_image_to_video_begins_with_the_picture(cli, tmp_path):
+    picture = torch.rand(40, 80, 3, generator=torch.Generator().manual_seed(0))
+    write_png(tmp_path / "start.png", picture)
+    assert generate(cli, "--image", "start.png", "--quiet")[0] == 0
+    with_picture = read_video(tmp_path / "output/kandinsky5_00001_.mp4").frames_THW3
+    assert generate(cli, "--quiet")[0] == 0
+    without = read_video(tmp_path / "output/kandinsky5_00002_.mp4").frames_THW3
+    assert not torch.equal(with_picture[0], without[0])
+
+
+def test_one_frame_is_a_picture(cli, tmp_path):
+    code, out, _ = generate(cli, "--frames", "1")
+    assert code == 0
+    assert out.strip().endswith(".png")
+    assert read_image(out.strip()).shape == (1, 48, 64, 3)
+
+
+def test_text_to_image_uses_the_image_family(cli):
+    image = [*TINY, "--model", tiny.IMAGE, "--vae", tiny.IMAGE_VAE, "--steps", "1"]
+    code, out, err = cli("generate", "--prompt", "a lighthouse", *image, *SMALL)
+    assert code == 0, err
+    assert read_image(out.strip()).shape == (1, 48, 64, 3)
+
+
+def test_json_holds_files_facts_and_times(cli):
+    code, out, _ = generate(cli, "--json", "--quiet")
+    report = json.loads(out)
+    assert code == 0
+    assert report["outputs"][0]["frames"] == 5
+    assert report["outputs"][0]["width"] == 64
+    assert report["timings_s"].keys() == {str(n) for n in range(1, 10)}
+    assert "2 steps" in "".join(report["reports"].values())
+
+
+def workflow(path, **changes):
+    """Write a workflow in API format that makes a tiny clip."""
+    graph = {
+        "m": {"class_type": "K5LoadModel", "inputs": {"model_name": tiny.VIDEO, "variant": "auto", "dtype": "auto"}},
+        "t": {
+            "class_type": "K5LoadTextEncoder",
+            "inputs": {"qwen_name": tiny.QWEN, "clip_name": tiny.CLIP, "dtype": "auto"},
+        },
+        "v": {"class_type": "K5LoadVAE", "inputs": {"vae_name": tiny.VIDEO_VAE, "dtype": "auto"}},
+        "e": {
+            "class_type": "K5EncodeText",
+            "inputs": {
+                "clip": ["t", 0], "prompt": "a", "negative_prompt": "b", "template": "video", "max_tokens": 0,
+            },
+        },
+        "l": {"class_type": "K5EmptyLatent", "inputs": {"width": 64, "height": 48, "length": 5, "batch_size": 1}},
+        "s": {
+            "class_type": "K5Sample",
+            "inputs": {
+                "model": ["m", 0], "positive": ["e", 0], "negative": ["e", 1], "latent": ["l", 0], "seed": 1,
+                "steps": 1, "guidance": 1.0, "shift": 5.0, "sampler_name": "euler", "first_frame": "auto",
+                "denoise": 1.0,
+            },
+        },
+        "d": {"class_type": "K5VAEDecode", "inputs": {"vae": ["v", 0], "latent": ["s", 0]}},
+        "c": {"class_type": "CreateVideo", "inputs": {"images": ["d", 0], "fps": 8}},
+        "o": {"class_type": "SaveVideo", "inputs": {"video": ["c", 0], "filename_prefix": "a/b", "format": "mp4"}},
+    }  # fmt: skip
+    for place, value in changes.items():
+        node, _, name = place.partition("_")
+        graph[node]["inputs"][name] = value
+    path.write_text(json.dumps(graph))
+    return path
+
+
+def test_run_takes_a_file_and_settings(cli, tmp_path):
+    path = workflow(tmp_path / "w.json")
+    code, out, err = cli("run", path, "--set", "l.length=1", "--set", "SaveVideo.filename_prefix=c", "--out", "here")
+    assert code == 0, err
+    assert out.strip() == str(tmp_path / "here/c_00001_.mp4")
+    assert len(read_video(out.strip()).frames_THW3) == 1
+
+
+def test_refusals_exit_with_2_and_name_all_problems(cli, tmp_path):
+    path = workflow(tmp_path / "w.json", l_width=70, s_steps=-1)
+    code, out, err = cli("run", path, "--json")
+    assert code == 2
+    problems = json.loads(out)["error"]["problems"]
+    assert [text.partition(":")[0] for text in problems] == [
+        "node l 'Kandinsky 5 Empty Latent' (K5EmptyLatent)",
+        "node s 'Kandinsky 5 Sampler' (K5Sample)",
+    ]
+    assert "steps: -1 is below" in err
+    assert not (tmp_path / "output").exists()
+
+
+def test_cancelling_exits_with_130_and_leaves_no_file(cli, tmp_path, monkeypatch):
+    from comfyui_kandinsky5.kandinsky_core.sampling import flow
+
+    def cancelled(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow, "integrate", cancelled)
+    code, _, err = generate(cli)
+    assert code == 130
+    assert "Cancelled." in err
+    assert not list(tmp_path.glob("output/*"))
+
+
+def damaged(models, folder, name, change):
+    """Copy a tiny file with its tensors changed."""
+    source = open_checkpoint(models / folder / name)
+    tensors = {key: source.tensor(key).clone() for key in source.tensors}
+    change(tensors)
+    path = models.parent / f"damaged_{name}"
+    save_checkpoint(path, tensors, source.metadata)
+    return path
+
+
+def test_a_truncated_file_is_refused_before_anything_runs(cli, models, tmp_path):
+    whole = (models / "diffusion_models" / tiny.VIDEO).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    code, _, err = generate(cli, "--model", "cut.safetensors")
+    assert code == 2
+    assert "cut.safetensors" in err
+    assert "download" in err.lower()
+
+
+def test_a_model_in_the_wrong_loader_is_refused_with_its_nature(cli, models):
+    code, _, err = generate(cli, "--model", models / "vae" / tiny.VIDEO_VAE)
+    assert code == 2
+    assert "not a Kandinsky 5 transformer" in err
+    code, _, err = generate(cli, "--vae", models / "diffusion_models" / tiny.VIDEO)
+    assert code == 2
+    assert "K5LoadVAE" in err
+    assert "transformer" in err
+
+
+def test_nan_weights_are_named(cli, models):
+    def spoil(tensors):
+        tensors["out_layer.out_layer.weight"][0, 0] = float("nan")
+
+    code, _, err = generate(cli, "--model", damaged(models, "diffusion_models", tiny.VIDEO, spoil))
+    assert code == 1
+    assert "K5Sample" in err
+    assert "NaN" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "70"], "width 70 is not a positive multiple of 16. Use 64"),
+        (["--frames", "0"], "0 frames"),
+        (["--frames", "6"], "must be 4k+1"),
+        (["--image", "nothing.png"], "nothing.png"),
+        (["--model", "nothing.safetensors"], "neither a file nor a name"),
+        (["--variant", "lite_t2i"], "lite_t2i"),
+        (["--dtype", "int3"], "int3"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_bad_values_exit_with_2_and_a_remedy(cli, arguments, message):
+    code, out, err = generate(cli, *arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+
+
+def test_an_unreadable_image_is_refused(cli, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n but not really")
+    code, _, err = generate(cli, "--image", "broken.png")
+    assert code == 2
+    assert "LoadImage" in err
+    assert "broken.png" in err
+
+
+def test_an_empty_prompt_runs_and_is_reported(cli):
+    code, _, err = generate(cli, prompt="")
+    assert code == 0
+    assert "(empty)" in err
+
+
+def test_a_prompt_of_ten_thousand_words_is_cut_and_reported(cli):
+    code, _, err = generate(cli, prompt="word " * 10_000)
+    assert code == 0
+    assert "were cut off (limit 256)" in err
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Let the system refuse every file that grows beyond 1 kB."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_ends_in_a_message_and_no_half_file(cli, tmp_path):
+    with full_disk():
+        code, _, err = generate(cli)
+    assert code == 1
+    assert "SaveVideo" in err
+    assert "cannot be written" in err
+    assert not list(tmp_path.glob("output/*"))
+
+
+def test_lists_of_nodes_and_variants(cli):
+    code, out, _ = cli("nodes", "--json")
+    assert code == 0
+    assert json.loads(out)["K5Sample"]["inputs"]["seed"] == "INT"
+    code, out, _ = cli("variants")
+    assert code == 0
+    assert "kandinsky5lite_t2v_sft_5s.safetensors" in out
