@@ -37,8 +37,12 @@ def load_text_tower(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Mod
     with torch.device("meta"):
         tower = Qwen2_5_VLTextModel(config)
     assign(tower, checkpoint, TEXT, dtype)
-    # Rotary frequencies are in no file: built again, this time with numbers.
-    tower.rotary_emb = type(tower.rotary_emb)(config=config)
+    # Rotary frequencies are in no file: built again, this time with numbers. transformers 4 has one in every layer.
+    rotary = type(tower.rotary_emb)(config=config)
+    for owner in tower.modules():
+        for name, child in list(owner.named_children()):
+            if isinstance(child, type(rotary)):
+                setattr(owner, name, rotary)
     return tower
 
 
