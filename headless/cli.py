@@ -115,7 +115,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     host, _ = _prepare(arguments)
     graph = build(Wish(**{field.name: getattr(arguments, field.name) for field in fields(Wish)}), host)
-    return _execute(arguments, graph, _types(), host, None)  # read again: the wish may have added files
+    return _execute(arguments, graph, node_types(), host, None)  # read again: the wish may have added files
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -127,10 +127,11 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
         models=arguments.models, output=getattr(arguments, "out", None), device=getattr(arguments, "device", None)
     )
     install(host)
-    return host, _types()
+    return host, node_types()
 
 
-def _types() -> Any:
+def node_types() -> Any:
+    """Read every node type that runs without ComfyUI; a host must be installed."""
     from ..nodes import node_list
     from .catalogue import catalogue
     from .core_nodes import core_nodes

@@ -1,0 +1,41 @@
+# make demo   generate two clips with the built-in nano model, nothing to download but Python packages
+# make test   lint, unit, parity and headless tests; with a ComfyUI checkout also the tests inside it
+#
+# Both make their own environment in .venv on first use. Settings, as in `make demo TORCH=torch`:
+#   PYTHON       interpreter the environment is made from
+#   TORCH        what pip installs as torch. On Linux the plain package brings 2.5 GB of CUDA libraries; for the
+#                processor alone: TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   COMFYUI_DIR  checkout of ComfyUI for the host tests (default: ~/comfy/ComfyUI if it is there)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+COMFYUI_DIR ?= $(wildcard $(HOME)/comfy/ComfyUI)
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m comfyui_kandinsky5.headless.demo
+
+test: $(VENV)/.tested-with
+	$(BIN)/ruff check .
+ifeq ($(COMFYUI_DIR),)
+	@echo "*** No ComfyUI checkout: the tests inside ComfyUI are SKIPPED. Set COMFYUI_DIR to run them. ***"
+endif
+	COMFYUI_DIR="$(COMFYUI_DIR)" $(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested-with: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,60 @@
+"""`make demo`: run both nano workflows, say where the clips lie and what they show by measurement."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..kandinsky_core.io.media import read_video, write_png
+from ..kandinsky_core.nano.grade import grade
+from ..nodes.host import install
+from ..nodes.host_standalone import StandaloneHost
+from .cli import BUNDLED, node_types
+from .progress import ProgressLine
+from .run import run
+from .workflow import parse, read_document
+
+WORKFLOWS = ("t2v_nano", "i2v_nano")
+SHEET_FRAMES = 6
+SHEET_SCALE = 2
+
+
+def main() -> int:
+    """Run the workflows and write one paragraph about each."""
+    host = StandaloneHost()
+    install(host)
+    types = node_types()
+    for name in WORKFLOWS:
+        line = ProgressLine(sys.stderr)
+        host.on_progress = line.advance
+        document = read_document(BUNDLED / f"{name}.json")
+        started = time.perf_counter()
+        result = run(parse(document, types), types, host, workflow=document, on_call=line.start)
+        line.clear()
+        seconds = time.perf_counter() - started
+        clip = next(Path(file["path"]) for file in result.files if file["kind"] == "video")
+        prompt = [text for facts in result.facts.values() for text in facts.get("prompts", ())][-2]
+        sys.stdout.write(f"{name}: {seconds:.1f} s\n  prompt: {prompt}\n{describe(clip)}")
+    return 0
+
+
+def describe(path: Path) -> str:
+    """Say where a clip lies and what the grader sees in it, and put its frames side by side in a picture."""
+    frames_THW3 = read_video(path).frames_THW3
+    seen = grade(frames_THW3)
+    chosen = torch.linspace(0, len(frames_THW3) - 1, SHEET_FRAMES).round().long()
+    sheet_HW3 = torch.cat(list(frames_THW3[chosen]), dim=1)
+    sheet = write_png(
+        path.with_suffix(".png"), sheet_HW3.repeat_interleave(SHEET_SCALE, 0).repeat_interleave(SHEET_SCALE, 1)
+    )
+    return (
+        f"  clip:   {path}\n  frames: {sheet}\n"
+        f"  shows:  a {seen.color} {seen.shape}, motion '{seen.motion}', on {seen.background} (measured)\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
