@@ -307,22 +307,15 @@ def operations(weights: torch.dtype, compute: torch.dtype | None, device: Any) -
 
 
 def variant_of(model: Any) -> Variant | None:
-    """Return the table row of a MODEL: ours carries it, for core's own loader the architecture's first row."""
+    """Return the table row of a MODEL: ours carries it; for core's own loader the first row of that width."""
     base = getattr(model, "model", None)
     if isinstance(base, K5BaseModel):
         return base.row
     if not isinstance(base, comfy.model_base.Kandinsky5):
         return None
-    width = base.diffusion_model.model_dim
-    channels = base.diffusion_model.visual_embed_dim // 4
-    return next(
-        (
-            row
-            for row in VARIANTS.values()
-            if row.spec.model_dim == width and row.spec.visual_embed_dim == channels
-        ),
-        None,
-    )
+    is_image = isinstance(base, comfy.model_base.Kandinsky5Image)
+    rows = [row for row in VARIANTS.values() if (row.vae.kind == "flux") == is_image and row.repo]
+    return next((row for row in rows if row.spec.model_dim == base.diffusion_model.model_dim), rows[0])
 
 
 def report(identity: Identity, model: Any) -> str:
