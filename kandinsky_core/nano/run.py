@@ -1,0 +1,116 @@
+"""What every training stage shares: a folder, a log, checkpoints and one step after the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("kandinsky5")
+
+WARMUP = 20  # steps
+FLOOR = 0.02  # of the learning rate at the end
+LOG_EVERY = 25
+SAVE_EVERY = 100
+
+
+@dataclass(slots=True)
+class Run:
+    """Where a training writes and on what it computes; the same seed gives the same weights on one CPU thread."""
+
+    folder: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32  # of activations; weights are float32
+    seed: int = 1
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, stage: str, **facts: object) -> None:
+        """Append one line to `log.jsonl`."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, **facts}) + "\n")
+        logger.info("%s %s", stage, facts)
+
+    def generator(self, *key: object) -> torch.Generator:
+        """Return random numbers that depend on the seed and the key only, so that a resumed run repeats itself."""
+        number = 0
+        for part in (self.seed, *key):
+            number = (number * 1_000_003 + (part if isinstance(part, int) else sum(map(ord, str(part))))) % 2**62
+        return torch.Generator().manual_seed(number)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then cosine down to `FLOOR` of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return peak * min(1.0, (step + 1) / WARMUP) * (FLOOR + (1 - FLOOR) * cosine)
+
+
+def train(
+    run: Run,
+    stage: str,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    ema: nn.Module | None = None,
+    ema_decay: float = 0.999,
+    watch: Callable[[], dict[str, float]] | None = None,
+    watch_every: int = 250,
+) -> None:
+    """Minimise `loss_at(step)` over the parameters of `module`, from the stage's checkpoint if there is one."""
+    path = run.folder / f"{stage}.ckpt"
+    first = 0
+    spent_s = 0.0
+    if run.resume and path.exists():
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        module.load_state_dict(state["module"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        first, spent_s = state["step"], state["spent_s"]
+    began_s = time.perf_counter() - spent_s
+    average = 0.0
+    for step in range(first, steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
+            optimizer.zero_grad()
+        loss = loss_at(step)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        if ema is not None:
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for mean, value in zip(ema.parameters(), module.parameters(), strict=True):
+                    mean.lerp_(value, 1 - decay)
+        done = step + 1
+        average = loss.item() if step == first else 0.95 * average + 0.05 * loss.item()
+        if not math.isfinite(average):
+            raise FloatingPointError(f"Loss of stage {stage} is {loss.item()} at step {done}: lower the learning rate.")
+        spent_s = time.perf_counter() - began_s
+        if done % LOG_EVERY == 0 or done == steps:
+            run.log(stage, step=done, loss=round(average, 5), spent_s=round(spent_s, 1))
+        if done % SAVE_EVERY == 0 or done == steps:
+            state = {
+                "module": module.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": done,
+                "spent_s": spent_s,
+            }
+            torch.save(state | ({"ema": ema.state_dict()} if ema is not None else {}), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        if watch is not None and (done % watch_every == 0 or done == steps):
+            run.log(stage, step=done, **watch())
