@@ -95,7 +95,7 @@ class StandaloneHost(Host):
 
         `device` None takes the accelerator if there is one; `on_progress(done, total)` is told of the running node.
         """
-        self.models = models or Path(os.environ.get(MODELS_VARIABLE) or "models")
+        self.models = (models or Path(os.environ.get(MODELS_VARIABLE) or "models")).absolute()
         self.output = output or Path("output")
         self.device = _device(device)
         self.on_progress = on_progress
@@ -131,8 +131,8 @@ class StandaloneHost(Host):
         if name in self.extra.get(folder, ()):
             return self.extra[folder][name]
         for root in self._roots(folder):
-            path = (root / name).resolve()
-            if path.is_relative_to(root.resolve()) and path != root.resolve() and path.exists():
+            path = Path(os.path.normpath(root / name))  # not resolve(): users link weights in from elsewhere
+            if root in path.parents and path.exists():
                 return path
         return None
 
