@@ -17,12 +17,6 @@ FOLDERS = {
     CLIP_ENCODER: ("text_encoders",),
     VAE: ("vae", "checkpoints"),
 }
-_BUILT_IN_PATTERNS = {
-    MODEL: "*video.safetensors",
-    TEXT_ENCODER: "*qwen*",
-    CLIP_ENCODER: "*clip*",
-    VAE: "*vae.safetensors",
-}
 
 
 def names(kind: str) -> list[str]:
@@ -50,5 +44,5 @@ def locate(kind: str, name: str) -> Path:
 
 
 def _built_in(kind: str) -> dict[str, Path]:
-    folder = Path(nano.__file__).parent / "weights"
-    return {f"nano/{path.name}{BUILT_IN}": path for path in sorted(folder.glob(_BUILT_IN_PATTERNS[kind]))}
+    path = nano.files()[kind]
+    return {f"nano/{path.name}{BUILT_IN}": path} if path.exists() else {}
