@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, whole
 from .rope import rotate
+
+PACKED_KEY_BYTES = 1 << 22
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention over `(q_BANE, k_BANE, v_BANE)`, scaled by 1/sqrt(E), giving `out_BANE`."""
@@ -21,7 +24,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     """Attend from every query to every key, or to the keys where `mask_BL` is True."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
-    return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
+    heads = max(1, q_BANE.shape[1] * PACKED_KEY_BYTES // k_BANE.nbytes)
+    if heads >= q_BANE.shape[1] or not k_BANE.is_cpu or whole(q_BANE.shape[2]):
+        return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
+    # The CPU kernel repacks all keys and values it is given: by a few heads at a time the copies stay small.
+    out_BANE = torch.empty_like(q_BANE)
+    for part in zip(*(x.split(heads, dim=1) for x in (out_BANE, q_BANE, k_BANE, v_BANE)), strict=True):
+        part[0].copy_(F.scaled_dot_product_attention(*part[1:], attn_mask=mask_B11L))
+    return out_BANE
 
 
 class Attention(nn.Module):
@@ -57,7 +67,7 @@ class Attention(nn.Module):
     def _heads(self, x_BND: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
         """Split into heads, normalise and rotate in float32, round once; outside autograd in place."""
         x_BNAE = x_BND.unflatten(-1, (-1, self.head_dim))
-        if whole():
+        if whole(x_BND.shape[1]):
             return _normed(x_BNAE, norm, rope_NP2).to(x_BND.dtype)
         for part in pieces(x_BNAE.shape[1]):
             rope_part = None if rope_NP2 is None else rope_NP2[part]

@@ -96,7 +96,9 @@ class CrossDiT(nn.Module):
         self.time_embeddings = TimeEmbeddings(spec.model_dim, spec.time_dim, **made)
         self.text_embeddings = TextEmbeddings(spec.in_text_dim, spec.model_dim, **made)
         self.pooled_text_embeddings = TextEmbeddings(spec.in_text_dim2, spec.time_dim, **made)
-        self.visual_embeddings = VisualEmbeddings(spec.visual_embed_dim, spec.model_dim, spec.patch_size, **made)
+        self.visual_embeddings = VisualEmbeddings(
+            spec.visual_embed_dim, spec.model_dim, spec.patch_size, **made
+        )
         self.text_transformer_blocks = nn.ModuleList(
             TextBlock(spec, **made) for _ in range(spec.num_text_blocks)
         )

@@ -22,7 +22,10 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-HIDDEN_PIECE_BYTES = 1 << 25  # glibc returns larger blocks to the system: every use would fault them in anew
+PIECE_TOKENS = 256
+HIDDEN_PIECE_BYTES = (
+    1 << 24
+)  # larger blocks go back to the system when freed, and every use faults them in anew
 MAX_HIDDEN_PIECES = 4  # a host that streams weights streams them once per piece
 
 
@@ -34,14 +37,14 @@ class Ops(Protocol):
     RMSNorm: type[nn.RMSNorm]
 
 
-def whole() -> bool:
-    """Tell whether layers must run as one expression: gradients are recorded or a compiler is tracing."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def whole(tokens: int) -> bool:
+    """Tell whether layers run as one expression: autograd records, a compiler traces, or the input is small."""
+    return tokens <= PIECE_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def pieces(tokens: int) -> Iterator[slice]:
     """Yield slices of the token axis small enough that a float32 piece stays in a CPU cache."""
-    size = max(256, tokens // 16)
+    size = max(PIECE_TOKENS, tokens // 16)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
@@ -56,7 +59,9 @@ def linear_float32(linear: nn.Linear, x: Tensor) -> Tensor:
         return linear(x)
     rows = max(1, linear.out_features // 8)
     weights, biases = linear.weight.split(rows), linear.bias.split(rows)
-    return torch.cat([F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1)
+    return torch.cat(
+        [F.linear(x, w.float(), b.float()) for w, b in zip(weights, biases, strict=True)], dim=-1
+    )
 
 
 def rms_norm_float32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm, then `y * (1 + scale) + shift`, all in float32; one rounding to the dtype of `x_BND`."""
     weight_BD = scale_BD + 1.0
     width = x_BND.shape[-1:]
-    if whole():
+    if whole(x_BND.shape[1]):
         y_BND = F.layer_norm(x_BND.float(), width, eps=NORM_EPS)
         return torch.addcmul(shift_BD.unsqueeze(1), y_BND, weight_BD.unsqueeze(1)).to(x_BND.dtype)
     out_BND = torch.empty_like(x_BND)
@@ -82,7 +87,7 @@ def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate_BD: Tensor) -> Tensor:
     """Return `x + gate * branch`, in float32, rounded once. Outside autograd the result reuses `branch_BND`."""
-    if whole():
+    if whole(x_BND.shape[1]):
         return torch.addcmul(x_BND.float(), branch_BND.float(), gate_BD.unsqueeze(1)).to(x_BND.dtype)
     for x_ND, branch_ND, gate_D in zip(x_BND, branch_BND, gate_BD, strict=True):
         for part in pieces(len(x_ND)):
@@ -161,7 +166,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Map tokens one by one; outside autograd in up to four pieces, so the hidden tensor is never whole."""
-        if whole():
+        if whole(x_BND.shape[1]):
             return self.out_layer(F.gelu(self.in_layer(x_BND)))
         # Pieces are cut from a flat matrix: slices of a batched tensor take a several times slower CPU matmul.
         x_ND = x_BND.flatten(0, 1)
