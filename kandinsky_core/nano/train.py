@@ -66,7 +66,10 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
     """The same recipe with at most `steps` steps in every phase and little data: a rehearsal, not a training."""
 
     def cut(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
-        return tuple(replace(phase, steps=min(phase.steps, steps), batch=2) for phase in phases)
+        return tuple(
+            replace(phase, steps=min(phase.steps, steps), batches=tuple((frames, 2) for frames, _ in phase.batches))
+            for phase in phases
+        )
 
     return replace(
         recipe, clips=32, test_clips=4, corpus_clips=16, grade_count=4, dit_batch=4,
@@ -96,7 +99,7 @@ def vae_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> N
     train_decoder(run, vae, basis.encode, clips, test, recipe.decoder)
     train_decoder(run, vae, encoding(run, vae), clips, test, recipe.decoder_finish)
     phases = (*recipe.encoder, *recipe.decoder, *recipe.decoder_finish)
-    numbers = {phase.name: [phase.frames, phase.batch, phase.steps] for phase in phases}
+    numbers = {phase.name: [phase.batches, phase.steps] for phase in phases}
     save_checkpoint(
         out["vae"], halves(vae.state_dict()), {VAE_KEY: json.dumps(asdict(row.vae)), **facts(run, **numbers)}
     )
