@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..kandinsky_core.io.media import read_video, write_png
-from ..kandinsky_core.nano.grade import grade
+from ..kandinsky_core.nano.grade import NOTHING, grade
 from ..nodes.host import install
 from ..nodes.host_standalone import StandaloneHost
 from .cli import BUNDLED, node_types
@@ -36,8 +36,8 @@ def main() -> int:
         line.clear()
         seconds = time.perf_counter() - started
         clip = next(Path(file["path"]) for file in result.files if file["kind"] == "video")
-        prompt = [text for facts in result.facts.values() for text in facts.get("prompts", ())][-2]
-        sys.stdout.write(f"{name}: {seconds:.1f} s\n  prompt: {prompt}\n{describe(clip)}")
+        prompts = [facts["prompts"][0] for facts in result.facts.values() if "prompts" in facts]
+        sys.stdout.write(f"{name}: {seconds:.1f} s\n  prompt: {prompts[-1]}\n{describe(clip)}")
     return 0
 
 
@@ -50,10 +50,8 @@ def describe(path: Path) -> str:
     sheet = write_png(
         path.with_suffix(".png"), sheet_HW3.repeat_interleave(SHEET_SCALE, 0).repeat_interleave(SHEET_SCALE, 1)
     )
-    return (
-        f"  clip:   {path}\n  frames: {sheet}\n"
-        f"  shows:  a {seen.color} {seen.shape}, motion '{seen.motion}', on {seen.background} (measured)\n"
-    )
+    what = "no clear shape" if seen.shape == NOTHING else f"a {seen.color} {seen.shape}, motion '{seen.motion}',"
+    return f"  clip:   {path}\n  frames: {sheet}\n  shows:  {what} on {seen.background} (measured)\n"
 
 
 if __name__ == "__main__":
