@@ -8,6 +8,7 @@ import resource
 
 import pytest
 import tiny
+import tiny_graphs
 import torch
 from comfyui_kandinsky5.headless.cli import main
 from comfyui_kandinsky5.kandinsky_core.io import open_checkpoint, save_checkpoint
@@ -103,32 +104,10 @@ def test_json_holds_files_facts_and_times(cli):
 
 def workflow(path, **changes):
     """Write a workflow in API format that makes a tiny clip."""
-    graph = {
-        "m": {"class_type": "K5LoadModel", "inputs": {"model_name": tiny.VIDEO, "variant": "auto", "dtype": "auto"}},
-        "t": {
-            "class_type": "K5LoadTextEncoder",
-            "inputs": {"qwen_name": tiny.QWEN, "clip_name": tiny.CLIP, "dtype": "auto"},
-        },
-        "v": {"class_type": "K5LoadVAE", "inputs": {"vae_name": tiny.VIDEO_VAE, "dtype": "auto"}},
-        "e": {
-            "class_type": "K5EncodeText",
-            "inputs": {
-                "clip": ["t", 0], "prompt": "a", "negative_prompt": "b", "template": "video", "max_tokens": 0,
-            },
-        },
-        "l": {"class_type": "K5EmptyLatent", "inputs": {"width": 64, "height": 48, "length": 5, "batch_size": 1}},
-        "s": {
-            "class_type": "K5Sample",
-            "inputs": {
-                "model": ["m", 0], "positive": ["e", 0], "negative": ["e", 1], "latent": ["l", 0], "seed": 1,
-                "steps": 1, "guidance": 1.0, "shift": 5.0, "sampler_name": "euler", "first_frame": "auto",
-                "denoise": 1.0,
-            },
-        },
-        "d": {"class_type": "K5VAEDecode", "inputs": {"vae": ["v", 0], "latent": ["s", 0]}},
-        "c": {"class_type": "CreateVideo", "inputs": {"images": ["d", 0], "fps": 8}},
-        "o": {"class_type": "SaveVideo", "inputs": {"video": ["c", 0], "filename_prefix": "a/b", "format": "mp4"}},
-    }  # fmt: skip
+    graph = tiny_graphs.text_to_video(length=5, steps=1) | {
+        "video": tiny_graphs.node("CreateVideo", images=["decode", 0], fps=8),
+        "save": tiny_graphs.node("SaveVideo", video=["video", 0], filename_prefix="a/b", format="mp4"),
+    }
     for place, value in changes.items():
         node, _, name = place.partition("_")
         graph[node]["inputs"][name] = value
@@ -138,20 +117,21 @@ def workflow(path, **changes):
 
 def test_run_takes_a_file_and_settings(cli, tmp_path):
     path = workflow(tmp_path / "w.json")
-    code, out, err = cli("run", path, "--set", "l.length=1", "--set", "SaveVideo.filename_prefix=c", "--out", "here")
+    settings = ["--set", "empty.length=1", "--set", "SaveVideo.filename_prefix=c"]
+    code, out, err = cli("run", path, *settings, "--out", "here")
     assert code == 0, err
     assert out.strip() == str(tmp_path / "here/c_00001_.mp4")
     assert len(read_video(out.strip()).frames_THW3) == 1
 
 
 def test_refusals_exit_with_2_and_name_all_problems(cli, tmp_path):
-    path = workflow(tmp_path / "w.json", l_width=70, s_steps=-1)
+    path = workflow(tmp_path / "w.json", empty_width=70, sample_steps=-1)
     code, out, err = cli("run", path, "--json")
     assert code == 2
     problems = json.loads(out)["error"]["problems"]
     assert [text.partition(":")[0] for text in problems] == [
-        "node l 'Kandinsky 5 Empty Latent' (K5EmptyLatent)",
-        "node s 'Kandinsky 5 Sampler' (K5Sample)",
+        "node empty 'Kandinsky 5 Empty Latent' (K5EmptyLatent)",
+        "node sample 'Kandinsky 5 Sampler' (K5Sample)",
     ]
     assert "steps: -1 is below" in err
     assert not (tmp_path / "output").exists()
