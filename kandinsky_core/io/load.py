@@ -154,7 +154,8 @@ def fill(
         if check_finite is not False and not is_finite(tensor, whole):
             raise CheckpointError(f"{checkpoint.path}: {stored} contains NaN or Inf. The file is damaged or its "
                                   "training diverged; use another one.")  # fmt: skip
-        if stored not in quantised:
+        # A weight with a scale means nothing in another dtype; the layer that knows the scale converts it.
+        if stored not in quantised and not (quantised and tensor.dtype in FP8):
             tensor = tensor.to(device=device, dtype=_target_dtype(tensor, dtype, widen=model is expected))
         tensors[name] = tensor
     outcome = model.load_state_dict(tensors, strict=False, assign=True)

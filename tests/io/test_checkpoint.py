@@ -150,6 +150,39 @@ def test_a_header_longer_than_the_file_is_named(file):
         open_checkpoint(file)
 
 
+def test_bytes_after_the_last_tensor_are_named(file):
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"xx")
+    with pytest.raises(
+        CheckpointError, match=f"is damaged: {len(whole) + 2:,} bytes on disk, {len(whole):,} expected"
+    ):
+        open_checkpoint(file)
+
+
+def raw_file(header: dict[str, object], data_bytes: int) -> bytes:
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(data_bytes)
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"a": ONE, "b": ONE}, "'b' does not follow"),
+        ({"a": ONE | {"shape": [2]}}, r"'a' is F32 \[2\] but stores 4 bytes"),
+        ({"a": ONE | {"shape": [-1]}}, "'a' is not a tensor"),
+        ({"a": {"dtype": "F32"}}, "'a' is not a tensor"),
+        ({"__metadata__": {"n": 1}, "a": ONE}, "metadata is not a table of strings"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(file, header, said):
+    file.write_bytes(raw_file(header, 4 * (len(header) - ("__metadata__" in header))))
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(file)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -116,8 +116,11 @@ def test_the_hosts_layers_are_used_and_see_its_extra_tensors(path, tiny):
     class Host:
         Linear, LayerNorm, RMSNorm = ScaledLinear, nn.LayerNorm, nn.RMSNorm
 
+    tiny["out_layer.out_layer.weight"] = tiny["out_layer.out_layer.weight"].to(torch.float8_e4m3fn)
     save_checkpoint(path, {**tiny, "out_layer.out_layer.scale_weight": torch.tensor(2.0)}, FACTS)
-    model = load_crossdit(path, ops=Host).model
+    model = load_crossdit(path, ops=Host, dtype=torch.bfloat16).model
+    assert model.out_layer.out_layer.weight.dtype == torch.float8_e4m3fn
+    assert model.out_layer.out_layer.bias.dtype == torch.bfloat16
     assert type(model.out_layer.out_layer) is ScaledLinear
     assert seen == [("out_layer.out_layer.", 2.0)]
 
