@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import comfy.conds
@@ -234,9 +235,13 @@ class K5BaseModel(comfy.model_base.Kandinsky5):
             return super().resize_cond_for_context_window(
                 cond_key, cond_value, window, x_in, device, retain_index_list=retain_index_list
             )
-        frames = cond_value.cond
-        inside = sum(index < frames.shape[2] for index in window.index_list)
-        return cond_value._copy_with(frames[:, :, :inside].to(device))
+        known = cond_value.cond
+        anchor = getattr(
+            window, "causal_anchor_index", None
+        )  # an earlier frame that core sets before the window
+        frames = [*([anchor] if anchor is not None and anchor >= 0 else []), *window.index_list]
+        inside = list(takewhile(lambda frame: frame < known.shape[2], frames))
+        return cond_value._copy_with(known[:, :, inside].to(device))
 
 
 class HostCheckpoint(Checkpoint):

@@ -14,6 +14,11 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+PICTURE: Graph = {"picture": {"class_type": "EmptyImage", "inputs": {
+    "width": 80, "height": 48, "batch_size": 1, "color": 0xC04020,
+}}}  # fmt: skip
+
+
 def loaders(model: str = tiny.VIDEO, vae: str = tiny.VIDEO_VAE) -> Graph:
     """Model, text encoder and VAE loaders, and the encoded prompts."""
     return {

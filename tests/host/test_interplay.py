@@ -5,11 +5,10 @@ from __future__ import annotations
 import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.io import save_checkpoint
-from tiny_graphs import image_to_video, loaders, node, sampler, save, text_to_image, text_to_video
+from tiny_graphs import PICTURE, image_to_video, loaders, node, sampler, save, text_to_image, text_to_video
 from torch.testing import assert_close
 
 EVERYTHING = {"save": save(latent=["sample", 0], image=["decode", 0], conditioning=["text", 0])}
-PICTURE = {"picture": node("EmptyImage", width=80, height=48, batch_size=1, color=0xC04020)}
 
 
 def core_sampler(latent: str = "empty", **changes):
@@ -160,3 +159,22 @@ def test_batches_and_odd_sizes(saved):
         "sample": core_sampler(),
     } | EVERYTHING  # fmt: skip
     assert saved(odd)["latent"].shape == (1, 16, 2, 7, 9)
+
+
+def test_core_trainer_trains_our_model(saved):
+    """Gradients flow, and the LoRA's names fit: core's own trainer is a user of the MODEL contract."""
+    graph = text_to_video(steps=2) | {"save": save(latent=["sample", 0])}
+    plain = saved(graph)["latent"]
+    graph["train"] = node(
+        "TrainLoraNode", model=["model", 0], latents=["sample", 0], positive=["text", 0], batch_size=1,
+        grad_accumulation_steps=1, steps=2, learning_rate=0.05, rank=2, optimizer="AdamW", loss_function="MSE", seed=0,
+        training_dtype="fp32", lora_dtype="fp32", quantized_backward=False, algorithm="LoRA",
+        gradient_checkpointing=False, checkpoint_depth=1, offloading=False, existing_lora="[None]", bucket_mode=False,
+        bypass_mode=False,
+    )  # fmt: skip
+    graph["tuned"] = node(
+        "LoraModelLoader", model=["model", 0], lora=["train", 0], strength_model=1.0, bypass=False
+    )
+    graph["second"] = {**graph["sample"], "inputs": {**graph["sample"]["inputs"], "model": ["tuned", 0]}}
+    graph["save"] = save(latent=["second", 0])
+    assert (saved(graph)["latent"] - plain).abs().max() > 1e-3
