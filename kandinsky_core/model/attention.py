@@ -25,7 +25,12 @@ def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, mask_BL: Tensor | None
     """Attend from every query to every key, or to the keys where `mask_BL` is True."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
     heads = max(1, q_BANE.shape[1] * PACKED_KEY_BYTES // k_BANE.nbytes)
-    if heads >= q_BANE.shape[1] or not k_BANE.is_cpu or whole(q_BANE.shape[2]):
+    if (
+        heads >= q_BANE.shape[1]
+        or not k_BANE.is_cpu
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
     # The CPU kernel repacks all keys and values it is given: by a few heads at a time the copies stay small.
     out_BANE = torch.empty_like(q_BANE)
@@ -67,9 +72,9 @@ class Attention(nn.Module):
     def _heads(self, x_BND: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
         """Split into heads, normalise and rotate in float32, round once; outside autograd in place."""
         x_BNAE = x_BND.unflatten(-1, (-1, self.head_dim))
-        if whole(x_BND.shape[1]):
+        if whole(x_BND):
             return _normed(x_BNAE, norm, rope_NP2).to(x_BND.dtype)
-        for part in pieces(x_BNAE.shape[1]):
+        for part in pieces(x_BND):
             rope_part = None if rope_NP2 is None else rope_NP2[part]
             x_BNAE[:, part] = _normed(x_BNAE[:, part], norm, rope_part)
         return x_BNAE

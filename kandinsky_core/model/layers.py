@@ -22,7 +22,7 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-PIECE_TOKENS = 256
+PIECE_BYTES = 1 << 20
 HIDDEN_PIECE_BYTES = (
     1 << 24
 )  # larger blocks go back to the system when freed, and every use faults them in anew
@@ -37,16 +37,21 @@ class Ops(Protocol):
     RMSNorm: type[nn.RMSNorm]
 
 
-def whole(tokens: int) -> bool:
+def piece_tokens(x_BND: Tensor) -> int:
+    """Return how many tokens of `x_BND` to treat at once: what a CPU cache holds in float32, else an eighth."""
+    return max(1, PIECE_BYTES // (4 * x_BND.shape[2]) if x_BND.is_cpu else x_BND.shape[1] // 8)
+
+
+def whole(x_BND: Tensor) -> bool:
     """Tell whether layers run as one expression: autograd records, a compiler traces, or the input is small."""
-    return tokens <= PIECE_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or x_BND.shape[1] <= piece_tokens(x_BND)
 
 
-def pieces(tokens: int) -> Iterator[slice]:
-    """Yield slices of the token axis small enough that a float32 piece stays in a CPU cache."""
-    size = max(PIECE_TOKENS, tokens // 16)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
+def pieces(x_BND: Tensor) -> Iterator[slice]:
+    """Yield slices of the token axis."""
+    size = piece_tokens(x_BND)
+    for start in range(0, x_BND.shape[1], size):
+        yield slice(start, start + size)
 
 
 def linear_float32(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -75,22 +80,22 @@ def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm, then `y * (1 + scale) + shift`, all in float32; one rounding to the dtype of `x_BND`."""
     weight_BD = scale_BD + 1.0
     width = x_BND.shape[-1:]
-    if whole(x_BND.shape[1]):
+    if whole(x_BND):
         y_BND = F.layer_norm(x_BND.float(), width, eps=NORM_EPS)
         return torch.addcmul(shift_BD.unsqueeze(1), y_BND, weight_BD.unsqueeze(1)).to(x_BND.dtype)
     out_BND = torch.empty_like(x_BND)
     for x_ND, out_ND, shift_D, weight_D in zip(x_BND, out_BND, shift_BD, weight_BD, strict=True):
-        for part in pieces(len(x_ND)):
+        for part in pieces(x_BND):
             out_ND[part] = F.layer_norm(x_ND[part].float(), width, weight_D, shift_D, NORM_EPS)
     return out_BND
 
 
 def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate_BD: Tensor) -> Tensor:
     """Return `x + gate * branch`, in float32, rounded once. Outside autograd the result reuses `branch_BND`."""
-    if whole(x_BND.shape[1]):
+    if whole(x_BND):
         return torch.addcmul(x_BND.float(), branch_BND.float(), gate_BD.unsqueeze(1)).to(x_BND.dtype)
     for x_ND, branch_ND, gate_D in zip(x_BND, branch_BND, gate_BD, strict=True):
-        for part in pieces(len(x_ND)):
+        for part in pieces(x_BND):
             branch_ND[part] = torch.addcmul(x_ND[part].float(), branch_ND[part].float(), gate_D)
     return branch_BND
 
@@ -166,7 +171,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Map tokens one by one; outside autograd in up to four pieces, so the hidden tensor is never whole."""
-        if whole(x_BND.shape[1]):
+        if whole(x_BND):
             return self.out_layer(F.gelu(self.in_layer(x_BND)))
         # Pieces are cut from a flat matrix: slices of a batched tensor take a several times slower CPU matmul.
         x_ND = x_BND.flatten(0, 1)

@@ -51,7 +51,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> bool:
 def path(request, monkeypatch):
     """Both execution paths: small inputs take the first unless told otherwise."""
     if request.param == "pieces":
-        monkeypatch.setattr(layers, "PIECE_TOKENS", 5)
+        monkeypatch.setattr(layers, "PIECE_BYTES", 5 * 4 * 64)
         monkeypatch.setattr(layers, "HIDDEN_PIECE_BYTES", 8192)
         monkeypatch.setattr(attention, "PACKED_KEY_BYTES", 2048)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -62,10 +63,10 @@ def test_velocity(model, case, golden, name, recording):
     assert error(out, golden("dit_video_lite")[f"{name}.out"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("pieces", [1, 7])
-def test_velocity_in_pieces(model, case, golden, monkeypatch, pieces):
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_velocity_in_pieces(model, case, golden, monkeypatch, tokens):
     """The memory-lean path, which small inputs do not take by themselves, changes nothing."""
-    monkeypatch.setattr(layers, "PIECE_TOKENS", pieces)
+    monkeypatch.setattr(layers, "PIECE_BYTES", tokens * 4 * SPEC.model_dim)
     monkeypatch.setattr(layers, "HIDDEN_PIECE_BYTES", 4096)
     monkeypatch.setattr(attention, "PACKED_KEY_BYTES", 4096)
     with torch.no_grad():
@@ -82,6 +83,30 @@ def test_bfloat16(golden, case, name):
     assert out.dtype == torch.bfloat16
     assert error(out, golden("dit_video_lite")[f"{name}.out"]) <= BFLOAT16_YARDSTICK
     assert error(out, golden("dit_video_lite")[f"{name}.out_bf16emu"]) <= BFLOAT16_YARDSTICK
+
+
+def eps_weights(model: CrossDiT) -> None:
+    """Shrink what feeds the norms by 256, so that their epsilons count, as the golden `eps` case does."""
+    fed = r"visual_embeddings\.in_layer|text_embeddings\.norm|to_(query|key)\.|(attention|feed_forward)\.out_layer"
+    for name, parameter in model.named_parameters():
+        if re.search(fed, name) and not name.startswith("pooled"):
+            parameter.data *= 2**-8
+
+
+@pytest.mark.parametrize("layer_eps", [layers.NORM_EPS, 1e-6])
+@pytest.mark.parametrize("rms_eps", [layers.RMS_EPS, 1e-6, 1e-5])
+def test_norm_epsilons(model, case, golden, monkeypatch, layer_eps, rms_eps):
+    """The right pair of epsilons gives the reference, every other pair is caught."""
+    eps_weights(model)
+    monkeypatch.setattr(layers, "NORM_EPS", layer_eps)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = rms_eps
+    difference = error(case(model, "T5_s122_mask"), golden("dit_video_lite")["eps.out"])
+    if (layer_eps, rms_eps) == (1e-5, 1.1920929e-07):
+        assert difference <= TOLERANCE
+    else:
+        assert difference > 5 * TOLERANCE
 
 
 def test_activations(model, case, golden):
