@@ -8,18 +8,28 @@ from collections.abc import Iterable
 from typing import Any
 
 from .catalogue import Catalogue, NodeType, Port
-from .graph import Call, Graph, GraphError, Link, order
+from .graph import Call, Graph, GraphError, Link, needed, order
 
 
 def check(graph: Graph, types: Catalogue) -> list[Call]:
-    """Bring all values to their types and return the calls to run in order; every problem found is in the error."""
-    problems = [problem for call in graph.values() for problem in _problems(call, graph, types)]
+    """Bring all values to their types and return the calls to run in order; every problem found is in the error.
+
+    Unknown types are refused everywhere, all else is asked only of nodes that an output needs, as in ComfyUI.
+    """
+    problems = [f"{call}: unknown node type. {_suggest(call.type, types)}" for call in _unknown(graph, types)]
     targets = [call.id for call in graph.values() if call.type in types and types[call.type].is_output]
+    for call in needed(graph, targets):
+        if call.type in types:
+            problems += _problems(call, graph, types)
     if not targets and not problems:
         problems.append("The workflow has no output node (for example Save Video), so there is nothing to run.")
     if problems:
         raise GraphError(problems)
     return order(graph, targets)
+
+
+def _unknown(graph: Graph, types: Catalogue) -> Iterable[Call]:
+    return (call for call in graph.values() if call.type not in types)
 
 
 def _problems(call: Call, graph: Graph, types: Catalogue) -> list[str]:
@@ -28,10 +38,7 @@ def _problems(call: Call, graph: Graph, types: Catalogue) -> list[str]:
 
 
 def _check_call(call: Call, graph: Graph, types: Catalogue) -> Iterable[str]:
-    known = types.get(call.type)
-    if known is None:
-        yield f"{call}: unknown node type. {_suggest(call.type, types)}"
-        return
+    known = types[call.type]
     own_check = _asked_names(known)
     for name, value in call.inputs.items():
         port = known.port(name)

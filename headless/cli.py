@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except RunError as error:
-        logger.debug("Traceback of the failed node:", exc_info=error)
+        logger.info("Traceback of the failed node:", exc_info=error)
         return _fail(arguments, FAILED, str(error), (str(error),))
     except KandinskyError as error:
         return _fail(arguments, REFUSED, str(error), getattr(error, "problems", (str(error),)))

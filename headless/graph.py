@@ -68,6 +68,18 @@ def order(graph: Graph, targets: Iterable[str]) -> list[Call]:
     return list(done.values())
 
 
+def needed(graph: Graph, targets: Iterable[str]) -> list[Call]:
+    """Return the targets and all calls that feed them, as far as they exist, in the graph's order."""
+    found: set[str] = set()
+    waiting = list(targets)
+    while waiting:
+        name = waiting.pop()
+        if name in graph and name not in found:
+            found.add(name)
+            waiting += [link.call for _, link in graph[name].links()]
+    return [call for call in graph.values() if call.id in found]
+
+
 def to_api(graph: Graph) -> dict[str, Any]:
     """Write the graph in ComfyUI's API format, as it is stored in a clip's metadata."""
     return {

@@ -15,7 +15,7 @@ import torch
 from ..nodes.host_standalone import Running, StandaloneHost
 from .catalogue import Catalogue
 from .check import check
-from .graph import Call, Graph, Link, to_api
+from .graph import Call, Graph, Link, needed, to_api
 
 logger = logging.getLogger("kandinsky5")
 
@@ -96,20 +96,9 @@ def _metadata(
     call: Call, graph: Graph, host: StandaloneHost, workflow: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Describe how the inputs of `call` came about, in the fields that ComfyUI reads back from a file."""
-    sources = _ancestors(call, graph)
-    facts = {name: host.facts[name] for name in sources if name in host.facts}
+    sources = {source.id for source in needed(graph, [call.id])}
+    facts = {name: found for name, found in host.facts.items() if name in sources}
     fields: dict[str, Any] = {"prompt": to_api(graph), "kandinsky5": {**host.versions(), "nodes": facts}}
     if workflow is not None and "nodes" in workflow:
         fields["workflow"] = workflow
     return fields
-
-
-def _ancestors(call: Call, graph: Graph) -> list[str]:
-    found: dict[str, None] = {}
-    waiting = [link.call for _, link in call.links()]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found[name] = None
-            waiting += [link.call for _, link in graph[name].links()]
-    return sorted(found)

@@ -32,6 +32,16 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def parse(document: dict[str, Any], types: Catalogue) -> Graph:
     """Read a workflow document of either format."""
+    try:
+        return _parse(document, types)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, GraphError):
+            raise
+        reason = f"{type(error).__name__} {error}"
+        raise GraphError([f"The workflow is damaged: its nodes or links are incomplete ({reason})."]) from error
+
+
+def _parse(document: dict[str, Any], types: Catalogue) -> Graph:
     if isinstance(document.get("nodes"), list):
         return _Editor(document, types).graph()
     if document and all(isinstance(entry, dict) and "class_type" in entry for entry in document.values()):

@@ -41,6 +41,7 @@ logger = logging.getLogger("kandinsky5")
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 WEIGHTS_SUFFIX = ".safetensors"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -150,7 +151,7 @@ class StandaloneHost(Host):
     def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
         """Recognise a transformer file; its weights are read when the sampler needs them."""
         identity = identify(open_checkpoint(path), variant)
-        handle = ModelHandle(path, identity.variant, self._dtype(dtype))
+        handle = ModelHandle(path, identity.variant, self._dtype(dtype, path))
         row = identity.variant
         self._record(model=path.name, variant=row.name, dtype=str(handle.dtype).removeprefix("torch."))
         report = (
@@ -166,13 +167,13 @@ class StandaloneHost(Host):
     def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> TextHandle:
         """Name both text encoders; they are read when a prompt is encoded."""
         self._record(text_encoders=[qwen.name, clip.name])
-        return TextHandle(qwen, clip, tokenizer, self._dtype(dtype))
+        return TextHandle(qwen, clip, tokenizer, self._dtype(dtype, qwen, part="text_encoder"))
 
     def load_vae(self, path: Path, *, dtype: str) -> VAEHandle:
         """Recognise an autoencoder file; its weights are read when something is encoded or decoded."""
         self._record(vae=path.name)
         spec = load_vae(path, check_finite=False).spec  # maps the weights, reads none of them
-        return VAEHandle(path, spec.kind, self._dtype(dtype))
+        return VAEHandle(path, spec.kind, self._dtype(dtype, path, part="vae"))
 
     def variant_of(self, model: Any) -> Variant | None:
         """Return the table row of a MODEL handle."""
@@ -182,9 +183,10 @@ class StandaloneHost(Host):
         """Return the kind of a VAE handle."""
         return VAEFacts(vae.kind) if isinstance(vae, VAEHandle) else None
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def _dtype(self, name: str, path: Path, part: str = "transformer") -> torch.dtype:
         if name == "auto":
-            return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            is_small = self.device.type == "cpu" and open_checkpoint(path, part=part).nbytes <= CPU_FLOAT32_BYTES
+            return torch.float32 if is_small else torch.bfloat16
         if name not in DTYPES:
             raise BackendUnavailable(
                 f"dtype '{name}' works inside ComfyUI only. Outside it use one of: auto, {', '.join(DTYPES)}."

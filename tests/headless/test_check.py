@@ -63,13 +63,25 @@ def test_a_checked_input_loses_the_built_in_limits_as_in_comfyui(toys):
 
 def test_all_problems_come_at_once(toys):
     with pytest.raises(GraphError) as caught:
-        check(graph(toys, n1_seed=-1, n1_mode="triple", n2_a=None), toys)
+        check(graph(toys, n1_seed=-1, n1_mode="triple", n2_b=60), toys)
     assert len(caught.value.problems) == 3
 
 
 def test_unknown_types_are_suggested(toys):
     document = {"1": {"class_type": "Nummber", "inputs": {}}}
     with pytest.raises(GraphError, match="unknown node type. Did you mean Number"):
+        check(parse(document, toys), toys)
+
+
+def test_what_no_output_needs_is_not_asked(toys):
+    document = {
+        "1": {"class_type": "Number", "inputs": {"seed": 1, "mode": "plain"}},
+        "2": {"class_type": "Show", "inputs": {"value": ["1", 0]}},
+        "3": {"class_type": "Add", "inputs": {"b": 999}},
+    }
+    assert [call.id for call in check(parse(document, toys), toys)] == ["1", "2"]
+    document["3"]["class_type"] = "Nothing"
+    with pytest.raises(GraphError, match="unknown node type"):
         check(parse(document, toys), toys)
 
 

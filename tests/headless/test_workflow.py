@@ -150,6 +150,19 @@ def test_other_files_are_refused(tmp_path, toys, text, message):
         parse(read_document(path), toys)
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"nodes": [{"id": 1}], "links": []},
+        {"nodes": [3], "links": []},
+        {"1": {"class_type": "Number", "inputs": 3}},
+    ],
+)
+def test_damaged_files_are_named_as_such(toys, document):
+    with pytest.raises(GraphError, match="damaged"):
+        parse(document, toys)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(GraphError, match="nothing.json: No such file"):
         read_document(tmp_path / "nothing.json")
