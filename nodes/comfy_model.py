@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ..kandinsky_core.io import Identity, fill, identify, open_checkpoint
 from ..kandinsky_core.io.checkpoint import Checkpoint
+from ..kandinsky_core.io.header import TensorInfo
 from ..kandinsky_core.model import CrossDiT
 from ..kandinsky_core.model.attention import Attend
 from ..kandinsky_core.variants import VARIANTS, CrossDiTSpec, VAESpec, Variant
@@ -245,19 +247,28 @@ class K5BaseModel(comfy.model_base.Kandinsky5):
 
 
 class HostCheckpoint(Checkpoint):
-    """A checkpoint whose tensors come through core's loader, which lets dynamic VRAM read weights from the file."""
+    """A checkpoint whose tensors come through core's loader, which lets dynamic VRAM read weights from the file.
+
+    Scaled weights of older files get the names that core's quantised layers know.
+    """
 
     def __init__(self, opened: Checkpoint) -> None:
         super().__init__(opened.path, opened.tensors, opened.metadata, opened.config)
-        self._loaded: dict[str, dict[str, Tensor]] = {}
+        loaded = {file: comfy.utils.load_torch_file(os.fspath(file)) for file in self.files}
+        stored = {name: loaded[info.file][info.key] for name, info in self.tensors.items()}
+        self._values, self.metadata = comfy.utils.convert_old_quants(stored, "", metadata=self.metadata)
+        self.tensors = {
+            name: self.tensors.get(name) or _new_info(name, value) for name, value in self._values.items()
+        }
+        self.quantisation = comfy.utils.detect_layer_quantization(self._values, "")
 
     def tensor(self, name: str) -> Tensor:
         """Return tensor `name` as core's loader gives it."""
-        info = self.tensors[name]
-        file = os.fspath(info.file)
-        if file not in self._loaded:
-            self._loaded[file] = comfy.utils.load_torch_file(file)
-        return self._loaded[file][info.key]
+        return self._values[name]
+
+
+def _new_info(name: str, value: Tensor) -> TensorInfo:
+    return TensorInfo(Path(), name, tuple(value.shape), "U8", value.nbytes)
 
 
 def load(path: str, variant: str | None, dtype: str, disable_dynamic: bool = False) -> Any:
@@ -269,20 +280,25 @@ def load_identified(
     path: str, variant: str | None, dtype: str, disable_dynamic: bool = False
 ) -> tuple[Any, Identity]:
     """Load a transformer as a patcher, and say what it was recognised as."""
-    checkpoint = open_checkpoint(path)
-    identity = identify(checkpoint, variant)
+    opened = open_checkpoint(path)
+    identity = identify(opened, variant)
+    checkpoint = HostCheckpoint(opened)
     config = K5Config(identity.variant)
+    config.quant_config = checkpoint.quantisation
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     weights = weight_dtype(checkpoint, dtype)
-    compute = comfy.model_management.unet_manual_cast(weights, load_device, config.supported_inference_dtypes)
+    compute = comfy.model_management.unet_manual_cast(
+        None if checkpoint.quantisation else weights, load_device, config.supported_inference_dtypes
+    )
     if dtype == "fp16" and comfy.model_management.should_use_fp16(load_device, prioritize_performance=False):
         compute = None  # asked for by name
     config.set_inference_dtype(weights, compute, device=load_device)
-    config.custom_operations = operations(weights, compute, load_device)
-    model = K5BaseModel(config, device="meta")
+    config.custom_operations = operations(weights, compute, load_device, config)
+    # Core's quantised layers put what they load on the device they were built for; they take no memory before that.
+    model = K5BaseModel(config, device="cpu" if checkpoint.quantisation else "meta")
     expected = CrossDiT(identity.spec, device="meta")
-    fill(model.diffusion_model, HostCheckpoint(checkpoint), expected, dtype=weights)
+    fill(model.diffusion_model, checkpoint, expected, dtype=weights)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher_class = (
@@ -293,21 +309,22 @@ def load_identified(
     return patcher, identity
 
 
-def weight_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+def weight_dtype(checkpoint: HostCheckpoint, dtype: str) -> torch.dtype:
     """Return the dtype to hold weights in: the named one, or what core picks for what the file stores."""
     if dtype != "auto":
         return DTYPES[dtype]
     largest = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
+    stored = checkpoint.dtype(largest)
     return comfy.model_management.unet_dtype(
-        model_params=checkpoint.nbytes // checkpoint.dtype(largest).itemsize,
+        model_params=checkpoint.nbytes // stored.itemsize,
         supported_dtypes=INFERENCE_DTYPES,
-        weight_dtype=checkpoint.dtype(largest),
+        weight_dtype=None if checkpoint.quantisation else stored,
     )
 
 
-def operations(weights: torch.dtype, compute: torch.dtype | None, device: Any) -> Any:
+def operations(weights: torch.dtype, compute: torch.dtype | None, device: Any, config: K5Config) -> Any:
     """Return the layer classes core picks, but always ones that cast: time and norms compute in float32."""
-    picked = comfy.ops.pick_operations(weights, compute, load_device=device)
+    picked = comfy.ops.pick_operations(weights, compute, load_device=device, model_config=config)
     return picked if issubclass(picked, comfy.ops.manual_cast) else comfy.ops.manual_cast
 
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import tiny
+import torch
+from comfyui_kandinsky5.kandinsky_core.io import save_checkpoint, spec_metadata
+from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS
+from safetensors.torch import load_file
 from tiny_graphs import PICTURE, image_to_video, node, save, text_to_video
 from torch.testing import assert_close
 
@@ -54,6 +60,35 @@ def test_narrow_weights_give_nearly_the_same(saved, dtype):
     narrow = saved(graph)["latent"]
     error = ((narrow - exact).norm() / exact.norm()).item()
     assert 1e-5 < error < (0.02 if dtype == "bf16" else 0.2), error
+
+
+@pytest.mark.parametrize("layout", ["scale_weight", "comfy_quant"])
+def test_scaled_fp8_files_give_nearly_the_same(server, saved, layout):
+    """ComfyUI's older and newer form of fp8 weights with a scale each."""
+    graph = text_to_video(steps=1, guidance=1.0) | {"save": save(latent=["sample", 0])}
+    exact = saved(graph)["latent"]
+    folder = server.base / "models" / "diffusion_models"
+    tensors = {}
+    for name, value in load_file(folder / tiny.VIDEO).items():
+        if "visual_transformer_blocks" not in name or value.ndim < 2:
+            tensors[name] = value
+            continue
+        scale, layer = value.abs().max() / 448, name.removesuffix(".weight")
+        tensors[name] = (value / scale).to(torch.float8_e4m3fn)
+        if layout == "scale_weight":
+            tensors[f"{layer}.scale_weight"] = scale
+        else:
+            tensors[f"{layer}.weight_scale"] = scale
+            settings = json.dumps({"format": "float8_e4m3fn"}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(settings), dtype=torch.uint8)
+    if layout == "scale_weight":
+        tensors["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    metadata = spec_metadata(replace(VARIANTS["lite_i2v_5s"], spec=tiny.VIDEO_SPEC))
+    save_checkpoint(folder / f"k5_tiny_{layout}.safetensors", tensors, metadata)
+    graph["model"]["inputs"]["model_name"] = f"k5_tiny_{layout}.safetensors"
+    scaled = saved(graph)["latent"]
+    error = ((scaled - exact).norm() / exact.norm()).item()
+    assert 1e-5 < error < 0.1, error
 
 
 def test_cache_and_rope_nodes_run_on_our_model(server):
