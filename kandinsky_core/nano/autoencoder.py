@@ -100,8 +100,8 @@ def psnr(out: Tensor, x: Tensor) -> Tensor:
 
 
 def fit_basis(run: Run, clips: Tensor, spec: VAESpec) -> LatentBasis:
-    """Fit the latent basis to the first 400 clips, scaled to the raw units of `spec`."""
-    basis = fit(to_pixels(clips[:400], torch.device("cpu")), spec.latent_channels)
+    """Fit the latent basis to drawn clips, scaled to the raw units of `spec`."""
+    basis = fit(to_pixels(clips, torch.device("cpu")), spec.latent_channels)
     return LatentBasis(basis.mean.to(run.device), (basis.project / spec.scaling_factor).to(run.device))
 
 

@@ -20,18 +20,18 @@ MOTION_PHRASES: dict[str, tuple[str, ...]] = {
 }
 BACKGROUND_PHRASES: dict[str, str] = {name: name for name in BACKGROUNDS} | {"forest": "dark green"}
 CLIP_FORMS = (
-    "a {color} {shape} {motion} on a {background} background",
-    "a {color} {shape} {motion}, {background} background",
+    "{a} {color} {shape} {motion} on a {background} background",
+    "{a} {color} {shape} {motion}, {background} background",
     "{color} {shape} that {motion}, the background is {background}",
-    "on a {background} background a {color} {shape} {motion}",
-    "a video of a {color} {shape} on {background}, it {motion}",
+    "on a {background} background {a} {color} {shape} {motion}",
+    "a video of {a} {color} {shape} on {background}, it {motion}",
     "the {color} {shape} {motion} over a {background} background",
 )
 IMAGE_FORMS = (
-    "a {color} {shape} on a {background} background",
+    "{a} {color} {shape} on a {background} background",
     "{color} {shape}, {background} background",
-    "a picture of a {color} {shape} on {background}",
-    "on a {background} background there is a {color} {shape}",
+    "a picture of {a} {color} {shape} on {background}",
+    "on a {background} background there is {a} {color} {shape}",
 )
 
 
@@ -43,6 +43,7 @@ def _finish(text: str, rng: random.Random) -> str:
 def caption(scene: Scene, rng: random.Random, *, moving: bool = True) -> str:
     """Describe a scene in one sentence; `moving` False describes a still picture of it."""
     words = {
+        "a": "an" if scene.color[0] in "aeiou" else "a",
         "color": scene.color,
         "shape": scene.shape,
         "background": BACKGROUND_PHRASES[scene.background],

@@ -19,6 +19,7 @@ WARMUP = 20  # steps
 FLOOR = 0.02  # of the learning rate at the end
 LOG_EVERY = 25
 SAVE_EVERY = 100
+WATCH_EVERY = 250
 
 
 @dataclass(slots=True)
@@ -66,7 +67,6 @@ def train(
     ema: nn.Module | None = None,
     ema_decay: float = 0.999,
     watch: Callable[[], dict[str, float]] | None = None,
-    watch_every: int = 250,
 ) -> None:
     """Minimise `loss_at(step)` over the parameters of `module`, from the stage's checkpoint if there is one."""
     path = run.folder / f"{stage}.ckpt"
@@ -101,7 +101,7 @@ def train(
         if not math.isfinite(average):
             raise FloatingPointError(f"Loss of stage {stage} is {loss.item()} at step {done}: lower the learning rate.")
         spent_s = time.perf_counter() - began_s
-        if done % LOG_EVERY == 0 or done == steps:
+        if done == 1 or done % LOG_EVERY == 0 or done == steps:
             run.log(stage, step=done, loss=round(average, 5), spent_s=round(spent_s, 1))
         if done % SAVE_EVERY == 0 or done == steps:
             state = {
@@ -112,5 +112,5 @@ def train(
             }
             torch.save(state | ({"ema": ema.state_dict()} if ema is not None else {}), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
-        if watch is not None and (done % watch_every == 0 or done == steps):
+        if watch is not None and (done % WATCH_EVERY == 0 or done == steps):
             run.log(stage, step=done, **watch())

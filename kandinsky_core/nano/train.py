@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,13 +50,15 @@ class Recipe:
     size_px: int = 64
     frames: int = 17
     clips: int = 2000  # the autoencoder's
+    basis_clips: int = 400  # of them, for the latent basis
     test_clips: int = 24
     encoder: tuple[Phase, ...] = ENCODER
     decoder: tuple[Phase, ...] = DECODER
     decoder_finish: tuple[Phase, ...] = DECODER_FINISH
     text_steps: int = 350
+    text_batch: int = 32
     corpus_clips: int = 4000  # the transformer's
-    dit_steps: int = 6000
+    dit_steps: int = 8000
     dit_batch: int = 32
     dit_lr: float = 2e-3
     grade_count: int = 120
@@ -72,7 +74,7 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
         )
 
     return replace(
-        recipe, clips=32, test_clips=4, corpus_clips=16, grade_count=4, dit_batch=4,
+        recipe, clips=32, test_clips=4, corpus_clips=16, grade_count=4, dit_batch=4, text_batch=4,
         encoder=cut(recipe.encoder), decoder=cut(recipe.decoder), decoder_finish=cut(recipe.decoder_finish),
         text_steps=min(recipe.text_steps, steps), dit_steps=min(recipe.dit_steps, steps),
     )  # fmt: skip
@@ -92,7 +94,7 @@ def vae_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> N
     """Train the autoencoder and save it."""
     clips = drawn(run.seed, recipe.clips, size_px=recipe.size_px, frames=recipe.frames, unseen=False)
     test = drawn(run.seed + 1, recipe.test_clips, size_px=recipe.size_px, frames=recipe.frames, unseen=None)
-    basis = fit_basis(run, clips, row.vae)
+    basis = fit_basis(run, clips[: recipe.basis_clips], row.vae)
     torch.manual_seed(run.seed)
     vae = new_vae(row.vae).to(run.device)
     train_encoder(run, vae, basis, clips, test, recipe.encoder)
@@ -107,16 +109,15 @@ def vae_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> N
 
 def text_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> None:  # noqa: ARG001
     """Train the text encoders and save them."""
-    train_text(run, (out["text_encoder"], out["clip"]), steps=recipe.text_steps)
+    train_text(run, (out["text_encoder"], out["clip"]), steps=recipe.text_steps, batch=recipe.text_batch)
 
 
 def dit_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> None:
-    """Train the transformer on the saved autoencoder and text encoders, and save it."""
+    """Train the transformer on latents of the basis, which need no trained autoencoder, and save it."""
     text = load_text_encoder(out["text_encoder"], out["clip"], dtype=torch.float32, device=run.device)
-    vae = new_vae(row.vae).to(run.device)
-    vae.load_state_dict(load_tensors(out["vae"]))
+    clips = drawn(run.seed, recipe.basis_clips, size_px=recipe.size_px, frames=recipe.frames, unseen=False)
     corpus = make_corpus(
-        run, encoding(run, vae), row.vae.scaling_factor, text,
+        run, fit_basis(run, clips, row.vae).encode, row.vae.scaling_factor, text,
         count=recipe.corpus_clips, size_px=recipe.size_px, frames=recipe.frames,
     )  # fmt: skip
     model = train_transformer(
@@ -124,13 +125,6 @@ def dit_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> N
     )
     numbers = {"steps": recipe.dit_steps, "batch": recipe.dit_batch, "clips": recipe.corpus_clips}
     save_checkpoint(out["model"], halves(model.state_dict()), {**spec_metadata(row), **facts(run, **numbers)})
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a saved file in float32."""
-    from safetensors.torch import load_file
-
-    return {name: value.float() for name, value in load_file(path).items()}
 
 
 def grade_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) -> None:  # noqa: ARG001
@@ -149,6 +143,12 @@ def grade_stage(run: Run, row: Variant, recipe: Recipe, out: dict[str, Path]) ->
 STAGE: dict[str, Callable[[Run, Variant, Recipe, dict[str, Path]], None]] = {
     "vae": vae_stage, "text": text_stage, "dit": dit_stage, "grade": grade_stage,
 }  # fmt: skip
+
+
+def run_stages(run: Run, recipe: Recipe, out: dict[str, Path], stages: Sequence[str] = STAGES) -> None:
+    """Run stages in order for the nano video variant."""
+    for stage in stages:
+        STAGE[stage](run, variant("nano_video"), recipe, out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -176,8 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     recipe = Recipe() if chosen.rehearse is None else shortened(Recipe(), chosen.rehearse)
     out = files(chosen.weights or chosen.out / "weights")
-    for stage in STAGES if chosen.stage == "all" else (chosen.stage,):
-        STAGE[stage](run, variant("nano_video"), recipe, out)
+    run_stages(run, recipe, out, STAGES if chosen.stage == "all" else (chosen.stage,))
 
 
 if __name__ == "__main__":
