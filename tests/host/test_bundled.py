@@ -1,0 +1,55 @@
+"""The nano workflows in ComfyUI: the same file gives the same clip as without ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from comfyui_kandinsky5.headless.cli import main, node_types
+from comfyui_kandinsky5.headless.graph import to_api
+from comfyui_kandinsky5.headless.workflow import parse, read_document
+from comfyui_kandinsky5.kandinsky_core.io.media import read_video
+from comfyui_kandinsky5.nodes import host as door
+from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
+
+FOLDER = Path(__file__).parents[2] / "workflows"
+NANO = ("t2v_nano", "i2v_nano")
+# Both sides compute in the same precision on the processor; what is left is H.264, which the two savers set differently.
+CODEC_TOLERANCE = 0.02  # mean absolute difference, 0…1
+
+
+@pytest.fixture
+def standalone(monkeypatch, tmp_path):
+    """A host of the tests' own, so that node types can be read and workflows run beside the server."""
+    monkeypatch.setattr(door, "_current", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    door.install(StandaloneHost(device="cpu"))
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_the_clip_is_the_same_with_and_without_comfyui(server, standalone, tmp_path, capsys, name):
+    document = read_document(FOLDER / f"{name}.json")
+    graph = parse(document, node_types())
+    outputs = server.run(to_api(graph), extra_data={"extra_pnginfo": {"workflow": document}})
+    saver = next(call.id for call in graph.values() if call.type == "SaveVideo")
+    inside = read_video(server.file(outputs[saver]["images"][0]))
+    assert main(["run", name, "--out", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+    outside = read_video(capsys.readouterr().out.splitlines()[-1])
+    assert inside.frames_THW3.shape == outside.frames_THW3.shape == (17, 64, 64, 3)
+    assert inside.fps == outside.fps == 8
+    assert (inside.frames_THW3 - outside.frames_THW3).abs().mean() < CODEC_TOLERANCE
+    assert json.loads(inside.metadata["workflow"]) == json.loads(outside.metadata["workflow"]) == document
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_core_nodes_in_the_files_are_as_comfyui_has_them(server, path):
+    for node in read_document(path)["nodes"]:
+        if node["type"].startswith("K5") or node["type"] == "MarkdownNote":
+            continue
+        info = server.get(f"/object_info/{node['type']}")[node["type"]]
+        known = info["input"].get("required", {}) | info["input"].get("optional", {})
+        # An upload button is the editor's own and has no entry in the node's definition.
+        linked = [socket["name"] for socket in node["inputs"] if socket["name"] != "upload"]
+        assert set(linked) <= known.keys()
+        assert [socket["type"] for socket in node["outputs"]] == info["output"]
