@@ -43,7 +43,7 @@ def test_padding_with_a_mask_changes_nothing(encoder, qwen):
     assert_close(padded[mask_L], encoder.encode(PROMPT, "video").features_LD, **CLOSE)
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT, "a long one " * 40])
+@pytest.mark.parametrize("prompt", ["", PROMPT, "a red <|extra|> cube", "a long one " * 40])
 @torch.no_grad()
 def test_pooled_is_clips_pooler_output_of_the_raw_prompt(encoder, clip, prompt):
     result = encoder.encode(prompt, "video")
