@@ -15,7 +15,7 @@ from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 
 FOLDER = Path(__file__).parents[2] / "workflows"
 NANO = ("t2v_nano", "i2v_nano")
-# Both sides compute in the same precision on the processor; what is left is H.264, which the two savers set differently.
+# What is left between equal computations is H.264, which the two savers set differently.
 CODEC_TOLERANCE = 0.02  # mean absolute difference, 0…1
 
 
