@@ -219,7 +219,7 @@ NANO_VIDEO = CrossDiTSpec(
     in_text_dim=96, in_text_dim2=64, visual_cond=True,
 )  # fmt: skip
 NANO_VAE = VAESpec(
-    kind="hunyuan", scaling_factor=1.0, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
+    kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )
 
 _ROWS = (
