@@ -25,7 +25,7 @@ ROOMS = {
     "vae": set(),
     "text": {"io"},  # the towers read their files through io's checkpoint reader
     "sampling": {"model"},
-    "io": {"model", "vae", "text"},
+    "io": {"model", "vae"},
     "nano": {"model", "vae", "text", "io", "sampling"},
 }
 GROUND = {"errors", "shapes", "variants"}
