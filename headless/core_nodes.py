@@ -152,14 +152,14 @@ class PreviewImage(io.ComfyNode):
             display_name="Preview Image",
             category="image",
             inputs=[io.Image.Input("images")],
-            outputs=[],
+            outputs=[io.Image.Output(display_name="images")],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, images: Tensor) -> io.NodeOutput:
         """Write one PNG for each image."""
-        return io.NodeOutput(ui={"files": _save_images(images, "temp/preview")})
+        return io.NodeOutput(images, ui={"files": _save_images(images, "temp/preview")})
 
 
 def core_nodes() -> list[type[io.ComfyNode]]:
