@@ -40,7 +40,6 @@ def peak_live_bytes(run: Run) -> int:
 
     Counted from the allocator's events, so buffers inside a kernel count as well.
     """
-    run()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, whole
+from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, traced, whole
 from .rope import rotate
 
-PACKED_KEY_BYTES = 1 << 22
+PACKED_KEY_BYTES = 1 << 22  # keys a CPU attention call may repack at once
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention over `(q_BANE, k_BANE, v_BANE)`, scaled by 1/sqrt(E), giving `out_BANE`."""
@@ -24,15 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     """Attend from every query to every key, or to the keys where `mask_BL` is True."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
-    heads = max(1, q_BANE.shape[1] * PACKED_KEY_BYTES // k_BANE.nbytes)
-    if (
-        heads >= q_BANE.shape[1]
-        or not k_BANE.is_cpu
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
+    if k_BANE.nbytes <= PACKED_KEY_BYTES or not k_BANE.is_cpu or traced():
         return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
     # The CPU kernel repacks all keys and values it is given: by a few heads at a time the copies stay small.
+    heads = max(1, q_BANE.shape[1] * PACKED_KEY_BYTES // k_BANE.nbytes)
     out_BANE = torch.empty_like(q_BANE)
     for part in zip(*(x.split(heads, dim=1) for x in (out_BANE, q_BANE, k_BANE, v_BANE)), strict=True):
         part[0].copy_(F.scaled_dot_product_attention(*part[1:], attn_mask=mask_B11L))

@@ -22,10 +22,9 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-PIECE_BYTES = 1 << 20
-HIDDEN_PIECE_BYTES = (
-    1 << 24
-)  # larger blocks go back to the system when freed, and every use faults them in anew
+PIECE_BYTES = 1 << 20  # a float32 piece of activations: two or three fit in one core's cache
+# A hidden piece: larger blocks go back to the system when freed, and every use faults them in anew.
+HIDDEN_PIECE_BYTES = 1 << 24
 MAX_HIDDEN_PIECES = 4  # a host that streams weights streams them once per piece
 
 
@@ -42,13 +41,18 @@ def piece_tokens(x_BND: Tensor) -> int:
     return max(1, PIECE_BYTES // (4 * x_BND.shape[2]) if x_BND.is_cpu else x_BND.shape[1] // 8)
 
 
+def traced() -> bool:
+    """Tell whether autograd records or a compiler traces: then nothing is written in place or in pieces."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def whole(x_BND: Tensor) -> bool:
-    """Tell whether layers run as one expression: autograd records, a compiler traces, or the input is small."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or x_BND.shape[1] <= piece_tokens(x_BND)
+    """Tell whether a layer runs as one expression over all tokens: it is traced, or the input is small."""
+    return traced() or x_BND.shape[1] <= piece_tokens(x_BND)
 
 
 def pieces(x_BND: Tensor) -> Iterator[slice]:
-    """Yield slices of the token axis."""
+    """Yield the slices of the token axis that `piece_tokens` asks for."""
     size = piece_tokens(x_BND)
     for start in range(0, x_BND.shape[1], size):
         yield slice(start, start + size)
