@@ -34,7 +34,8 @@ from ..kandinsky_core.io.checkpoint import Checkpoint
 from ..kandinsky_core.io.header import TensorInfo
 from ..kandinsky_core.model import CrossDiT
 from ..kandinsky_core.model.attention import Attend
-from ..kandinsky_core.variants import VARIANTS, CrossDiTSpec, VAESpec, Variant
+from ..kandinsky_core.variants import HUNYUAN_VAE, NANO_VAE, VARIANTS, CrossDiTSpec, VAESpec, Variant
+from .preview import NANO_BIAS, NANO_FACTORS
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -186,8 +187,11 @@ class HunyuanScaled(comfy.latent_formats.HunyuanVideo):
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
         self.scale_factor = spec.scaling_factor
-        if spec.block_out_channels != VAESpec(kind=spec.kind, scaling_factor=1.0).block_out_channels:
-            # Another autoencoder's latents: its preview colours and preview decoder do not fit.
+        if spec == NANO_VAE:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = NANO_FACTORS, NANO_BIAS
+            self.taesd_decoder_name = None
+        elif spec.block_out_channels != HUNYUAN_VAE.block_out_channels:
+            # Another autoencoder's latents: core's preview colours and preview decoder do not fit.
             self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
 
 
