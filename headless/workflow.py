@@ -34,9 +34,9 @@ def parse(document: dict[str, Any], types: Catalogue) -> Graph:
     """Read a workflow document of either format."""
     try:
         return _parse(document, types)
+    except GraphError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, GraphError):
-            raise
         reason = f"{type(error).__name__} {error}"
         raise GraphError([f"The workflow is damaged: its nodes or links are incomplete ({reason})."]) from error
 
