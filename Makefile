@@ -3,8 +3,8 @@
 #
 # Both make their own environment in .venv on first use. Settings, as in `make demo TORCH=torch`:
 #   PYTHON       interpreter the environment is made from
-#   TORCH        what pip installs as torch. On Linux the plain package brings 2.5 GB of CUDA libraries; for the
-#                processor alone: TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   TORCH        what pip installs as torch, options included. On Linux the plain package brings 2.5 GB of CUDA
+#                libraries; PyTorch's install page has the line for the processor alone
 #   COMFYUI_DIR  checkout of ComfyUI for the host tests (default: ~/comfy/ComfyUI if it is there)
 
 PYTHON ?= python3

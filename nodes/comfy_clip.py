@@ -60,7 +60,9 @@ class HostedTextEncoder(TextEncoder):
     """Both text towers as core's `cond_stage_model`."""
 
     def __init__(self, encoder: TextEncoder, identity: str) -> None:
-        super().__init__(encoder.qwen, encoder.clip, encoder.qwen_tokenizer, encoder.clip_tokenizer)
+        super().__init__(
+            encoder.qwen, encoder.clip, encoder.qwen_tokenizer, encoder.clip_tokenizer, encoder.load_vision
+        )
         self.identity = identity  # of the files, for the embedding cache
         self._device: torch.device | None = None
         self.last: TextFeatures | None = None

@@ -44,7 +44,7 @@ DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-INFERENCE_DTYPES = [torch.bfloat16, torch.float32]  # fp16 overflows in the released weights' feed-forward
+INFERENCE_DTYPES = [torch.bfloat16, torch.float32]  # released inference never ran in fp16; it must be asked for
 
 # Live bytes of one forward are about this many activations [N, width]; core's estimate is per latent cell (a quarter
 # of a token) in units of 0.01 MiB per byte of dtype.
@@ -302,7 +302,9 @@ def load_identified(
     # Core's quantised layers put what they load on the device they were built for; they take no memory before that.
     model = K5BaseModel(config, device="cpu" if checkpoint.quantisation else "meta")
     expected = CrossDiT(identity.spec, device="meta")
-    fill(model.diffusion_model, checkpoint, expected, dtype=weights)
+    # Published bf16 files keep the modulation in float32; left as stored it costs no copy and loses nothing.
+    as_stored = dtype == "auto" and weights == stored_dtype(checkpoint)
+    fill(model.diffusion_model, checkpoint, expected, dtype=None if as_stored else weights)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher_class = (
@@ -317,13 +319,17 @@ def weight_dtype(checkpoint: HostCheckpoint, dtype: str) -> torch.dtype:
     """Return the dtype to hold weights in: the named one, or what core picks for what the file stores."""
     if dtype != "auto":
         return DTYPES[dtype]
-    largest = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
-    stored = checkpoint.dtype(largest)
+    stored = stored_dtype(checkpoint)
     return comfy.model_management.unet_dtype(
         model_params=checkpoint.nbytes // stored.itemsize,
         supported_dtypes=INFERENCE_DTYPES,
         weight_dtype=None if checkpoint.quantisation else stored,
     )
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the largest tensor."""
+    return checkpoint.dtype(max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes))
 
 
 def operations(weights: torch.dtype, compute: torch.dtype | None, device: Any, config: K5Config) -> Any:
@@ -356,6 +362,6 @@ def report(identity: Identity, model: Any) -> str:
     ]
     if row.attention.kind == "nabla":
         lines.append(
-            "Trained with block-sparse attention; this loader computes it dense: same picture, slower."
+            "Trained with block-sparse attention, computed dense here: slower, and close to the sparse result only."
         )
     return "\n".join(lines)

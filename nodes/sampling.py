@@ -132,6 +132,7 @@ class K5Sample(io.ComfyNode):
             raise KandinskyError(
                 "The connected model is not a Kandinsky 5 one. Use the Kandinsky 5 Model Loader or core's loader."
             )
+        _check_text(positive, row)
         latent = _checked_latent(latent, row)
         known = known_frames(positive, row, latent["samples"])
         settings = _settings(model, row, steps, guidance, shift, denoise)
@@ -155,6 +156,20 @@ class K5Sample(io.ComfyNode):
             )
         return io.NodeOutput(
             {**latent, "samples": samples}, _report(row, settings, sampler_name, seed, known, normalised)
+        )
+
+
+def _check_text(positive: Conditioning, row: Variant) -> None:
+    """Refuse features of another text encoder before anything runs; a missing CLIP vector is one, too."""
+    features, extras = positive[0]
+    pooled = extras.get("pooled_output")
+    given = (features.shape[-1], None if pooled is None else pooled.shape[-1])
+    wanted = (row.spec.in_text_dim, row.spec.in_text_dim2)
+    if given != wanted:
+        raise ShapeError(
+            f"{row.title} takes text features {wanted[0]} wide and a pooled vector of {wanted[1]}; the prompt brings "
+            f"{given[0]} and {given[1] or 'none'}. Load the text encoders that belong to this model: "
+            + ("Qwen2.5-VL 7B and CLIP ViT-L/14." if row.repo else "the built-in ones.")
         )
 
 

@@ -64,11 +64,11 @@ SIGNATURES = (
     _row("a Stable Diffusion autoencoder", OTHER_VAE, r"decoder\.conv_in\.weight", r"post_quant_conv\."),
     _row("an image autoencoder of the FLUX kind", VAE, r"decoder\.conv_in\.weight", r"decoder\.mid(_block)?\."),
     _row("a tiny preview autoencoder", OTHER_VAE, r"(decoder\.|decoder\.layers\.)?[13]\.conv\.0\."),
-    _row("Qwen2.5-VL", TEXT, r"visual\.blocks\.", r"(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
-    _row("a Qwen2.5 language model", TEXT, r"(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
+    _row("Qwen2.5-VL", TEXT, r"visual\.blocks\.", r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
+    _row("a Qwen2.5 language model", TEXT, r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
     _row("CLIP", TEXT, r"(text_model\.)?embeddings\.token_embedding\.", r"(text_model\.)?encoder\.layers\.\d+\."),
     _row("T5", OTHER_TEXT, r"encoder\.block\.\d+\.layer\.0\.SelfAttention\."),
-    _row("a language model", OTHER_TEXT, r"(language_model\.)?layers\.\d+\.(self_attn|mlp)\."),
+    _row("a language model", OTHER_TEXT, r"(model\.)?(language_model\.)?layers\.\d+\.(self_attn|mlp)\."),
 )  # fmt: skip
 
 

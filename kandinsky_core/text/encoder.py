@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
         self.clip = clip
         self.qwen_tokenizer = qwen_tokenizer
         self.clip_tokenizer = clip_tokenizer
-        self._load_vision = load_vision  # only prompts with images need the vision tower: it comes and goes with them
+        self.load_vision = load_vision  # only prompts with images need the vision tower: it comes and goes with them
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +122,7 @@ class TextEncoder(nn.Module):
         self, prompt: str, template: Template, pictures: Sequence[Patches], max_tokens: int | None
     ) -> Tokens:
         """Token ids for Qwen; a request that leaves nothing to encode raises `TextError`."""
-        if pictures and not (template.takes_images and self._load_vision):
+        if pictures and not (template.takes_images and self.load_vision):
             raise TextError(f"Template {template.name!r} takes no images. Use 'image_edit', or give no images.")
         released = TEXT_POSITIONS if pictures else template.max_tokens
         limit = released if max_tokens is None else max_tokens
@@ -142,7 +142,7 @@ class TextEncoder(nn.Module):
         embeds_LD = self.qwen.embed_tokens(ids_L)
         where = None
         if pictures:
-            vision = self._load_vision().to(self.device)
+            vision = self.load_vision().to(self.device)
             states = image_states(vision, pictures).to(embeds_LD)
             pads_L = ids_L == self.qwen_tokenizer.vision_ids[1]
             pads_L[: tokens.image.start] = False  # a prompt may spell out the image token: that is text

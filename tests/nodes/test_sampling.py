@@ -12,7 +12,7 @@ from comfyui_kandinsky5.nodes.host import KNOWN_FRAMES
 from comfyui_kandinsky5.nodes.sampling import K5Sample
 from torch.testing import assert_close
 
-TEXT = [[torch.zeros(1, 3, 8), {"pooled_output": torch.zeros(1, 4)}]]
+TEXT = [[torch.zeros(1, 3, 3584), {"pooled_output": torch.zeros(1, 768)}]]
 
 
 class Recorder:
@@ -100,6 +100,14 @@ def test_normalisation_follows_the_variant_unless_chosen(sample):
     assert "normalised" not in sample("lite_t2v_5s_sft", clip(), positive)[2]
     assert "normalised" in sample("lite_t2v_5s_sft", clip(), positive, first_frame="on")[2]
     assert "normalised" not in sample("lite_i2v_5s", clip())[2]
+
+
+@pytest.mark.parametrize("width, extras", [
+    (96, {"pooled_output": torch.zeros(1, 64)}), (3584, {"pooled_output": torch.zeros(1, 64)}), (3584, {}),
+])  # fmt: skip
+def test_features_of_another_text_encoder_are_refused_before_sampling(sample, width, extras):
+    with pytest.raises(ShapeError, match="takes text features 3584 wide and a pooled vector of 768"):
+        sample("lite_t2v_5s_sft", clip(), [[torch.zeros(1, 3, width), extras]])
 
 
 def test_pictures_and_clips_get_the_axes_the_model_wants(sample):
