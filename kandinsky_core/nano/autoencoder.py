@@ -37,7 +37,7 @@ class Phase:
 
 ENCODER = (
     Phase(name="encoder_picture", batches=((1, 32),), steps=300, lr=3e-3),
-    Phase(name="encoder_clip", batches=((5, 12), (17, 4)), steps=500, lr=3e-3),
+    Phase(name="encoder_clip", batches=((5, 12), (17, 4)), steps=400, lr=3e-3),
 )
 DECODER = (
     Phase(name="decoder_picture", batches=((1, 32),), steps=400, lr=3e-3),
