@@ -5,6 +5,7 @@ Legend: B batch, C channels, T frames, H rows, W columns (of pixels or latents).
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_management
@@ -25,12 +26,15 @@ from ..kandinsky_core.variants import VAESpec
 from .comfy_model import DTYPES
 from .host import VAEFacts
 
+logger = logging.getLogger("kandinsky5")
+
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
-# Live bytes per pixel of the frame for each byte of dtype: a constant part and one per frame of a 17-frame window.
-DECODE_BYTES, DECODE_FRAME_BYTES = 750, 800
-ENCODE_BYTES, ENCODE_FRAME_BYTES = 1000, 600
-IMAGE_DECODE_BYTES, IMAGE_ENCODE_BYTES = 800, 500
+# Peak live bytes per pixel of the frame for each byte of dtype, measured with the published widths, a tenth added:
+# a constant part and one per frame of a 17-frame window (video), or one number (image).
+DECODE_BYTES, DECODE_FRAME_BYTES = 700, 1350
+ENCODE_BYTES, ENCODE_FRAME_BYTES = 500, 1020
+IMAGE_DECODE_BYTES, IMAGE_ENCODE_BYTES = 1100, 860
 
 
 def _bar() -> Any:
@@ -153,12 +157,17 @@ def facts(vae: Any) -> VAEFacts | None:
     if getattr(vae, "latent_channels", None) != 16:
         return None
     if vae.latent_dim == 3 and vae.temporal_compression_decode() == VAE_TEMPORAL:
-        return VAEFacts("hunyuan", own=False)
-    return VAEFacts("flux", own=False) if vae.latent_dim == 2 else None
+        return VAEFacts("hunyuan")
+    return VAEFacts("flux") if vae.latent_dim == 2 else None
 
 
 def encode(vae: Any, image_THWC: Tensor) -> Tensor:
-    """Encode with either VAE. Core's own one computes later video latents from shifted frames."""
+    """Encode with either VAE."""
+    if not isinstance(vae, K5VAE) and vae.latent_dim == 3 and len(image_THWC) > 1:
+        logger.warning(
+            "ComfyUI's own HunyuanVideo VAE encodes every latent after the first from shifted frames. "
+            "Use the Kandinsky 5 VAE Loader to encode clips."
+        )
     return vae.encode(image_THWC[..., :3])
 
 

@@ -91,11 +91,8 @@ class K5EncodeText(io.ComfyNode):
                 "There is no text encoder on 'clip'. Connect the Kandinsky 5 Text Encoder Loader."
             )
         template, limit = _text_settings(template, max_tokens, model)
-        bar = host().progress(2)
         positive = host().encode_text(clip, prompt, template=template, max_tokens=limit)
-        bar.tick(1)
         negative = host().encode_text(clip, negative_prompt, template=template, max_tokens=limit)
-        bar.tick(2)
         report = "\n".join(
             (
                 _text_report("prompt", prompt, positive, limit),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,6 @@ class VAEFacts:
     """What nodes must know about a VAE of either origin."""
 
     kind: str  # "hunyuan" (video) or "flux" (image)
-    own: bool = field(default=True)  # False: loaded by ComfyUI's own node
 
 
 class Host(ABC):

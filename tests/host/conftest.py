@@ -20,7 +20,7 @@ import tiny
 
 PACK = Path(__file__).parents[2]
 FOLDER = "ComfyUI-Kandinsky5"
-START_LIMIT_S = 180
+START_LIMIT_S = 400
 RUN_LIMIT_S = 180
 
 
