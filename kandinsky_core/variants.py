@@ -40,6 +40,9 @@ class CrossDiTSpec:
     instruct_type: str | None = None  # "channel": 33 channels: [latent | edit latent | mask]
 
     def __post_init__(self) -> None:
+        numbers = (self.model_dim, self.ff_dim, self.time_dim, self.in_text_dim, self.in_text_dim2)
+        if min(*numbers, self.in_visual_dim, self.out_visual_dim, *self.axes_dims, *self.patch_size) < 1:
+            raise VariantError(f"Every dimension of a CrossDiT must be at least 1; got {self}.")
         if self.model_dim % self.head_dim:
             raise VariantError(
                 f"model_dim {self.model_dim} is not a multiple of the head width {self.head_dim} "
@@ -145,8 +148,8 @@ SD_ROPE = (1.0, 2.0, 2.0)
 HD_ROPE = (1.0, 3.16, 3.16)  # 3.16 literally, not sqrt(10)
 IMAGE_ROPE = (1.0, 1.0, 1.0)
 
-# Schedule shifts follow the published usage notes: 5 for five-second text-to-video, 10 for ten seconds and
-# image-to-video, 3 for images. The configuration files carry a value that no released code reads.
+# Schedule shifts follow the published usage notes: Lite 5 for five seconds, 10 for ten seconds and image-to-video;
+# Pro 5, and 10 for image-to-video in SD; images 3. The configuration files carry a value that no released code reads.
 _LITE_5S = Variant(
     name="lite_t2v_5s_sft",
     title="Video Lite 2B, text to video, 5 s",
@@ -309,7 +312,7 @@ _ROWS = (
     Variant(
         name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
         tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
-        spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=3.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
+        spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=5.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
         sizes=((64, 64),), frames=(17,), fps=8,
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError, ShapeError, TextError
+from ..kandinsky_core.io.image import cover, resize
 from ..kandinsky_core.shapes import VideoShape, latent_frames
 from ..kandinsky_core.variants import VIDEO_NEGATIVE
 from .comfy_io import io
@@ -213,12 +214,5 @@ def fit_image(image_THWC: Tensor, width: int, height: int, fit: str) -> Tensor:
     rows, columns = image_TCHW.shape[2:]
     if (rows, columns) == (height, width):
         return image_TCHW.movedim(1, -1)
-    if fit == CROP:
-        scale = max(height / rows, width / columns)
-        cut_h, cut_w = round(height / scale), round(width / scale)
-        top, left = (rows - cut_h) // 2, (columns - cut_w) // 2
-        image_TCHW = image_TCHW[:, :, top : top + cut_h, left : left + cut_w]
-    resized_TCHW = torch.nn.functional.interpolate(
-        image_TCHW, (height, width), mode="bilinear", antialias=True
-    )
+    resized_TCHW = (cover if fit == CROP else resize)(image_TCHW, height, width)
     return resized_TCHW.clamp(0, 1).movedim(1, -1)

@@ -111,10 +111,15 @@ def _check_known(spec: CrossDiTSpec, x_BCTHW: Tensor, known: Known) -> None:
 
 
 def _same_size(what: str, given: Tensor, x_BCTHW: Tensor) -> None:
-    if given.shape[3:] != x_BCTHW.shape[3:] or given.shape[2] > x_BCTHW.shape[2]:
+    fits = given.shape[3:] == x_BCTHW.shape[3:] and given.shape[2] <= x_BCTHW.shape[2]
+    if not fits or given.shape[1] != x_BCTHW.shape[1]:
         raise ShapeError(
-            f"The {what} has latent size {tuple(given.shape[2:])}, the clip {tuple(x_BCTHW.shape[2:])} "
-            "(frames, rows, columns). Encode it at the clip's width and height."
+            f"The {what} has latent size {tuple(given.shape[1:])}, the clip {tuple(x_BCTHW.shape[1:])} "
+            "(channels, frames, rows, columns). Encode it at the clip's width and height."
+        )
+    if given.shape[0] not in (1, x_BCTHW.shape[0]):
+        raise ShapeError(
+            f"{given.shape[0]} {what}s for a batch of {x_BCTHW.shape[0]}: give one for all, or one for each sample."
         )
 
 
@@ -122,6 +127,7 @@ def keep_known(x_BCTHW: Tensor, known: Known) -> Tensor:
     """Write the clean leading frames back over what the sampler made of them."""
     if known.frames_BCTHW is None:
         return x_BCTHW
+    _same_size("start image", known.frames_BCTHW, x_BCTHW)
     given = known.frames_BCTHW.shape[2]
     frames = known.frames_BCTHW.to(x_BCTHW).expand(x_BCTHW.shape[0], -1, -1, -1, -1)
     return torch.cat((frames, x_BCTHW[:, :, given:]), dim=2)
@@ -134,7 +140,8 @@ def normalise_first_frames(
 
     Scaled latents in and out. Statistics per sample and frame over (C, H, W), reference statistics over the next
     `reference` frames jointly, both with Bessel's correction, moved at most by MEAN_CLAMP and STD_CLAMP. A clip of
-    at most `frames` latent frames has no reference and is returned unchanged (the released code gives NaN there).
+    at most `frames` latent frames has no reference and is returned unchanged (the released code gives NaN there);
+    a frame of one single value has no spread to change and gets the mean only.
     """
     if x_BCTHW.shape[2] <= frames:
         return x_BCTHW
@@ -145,5 +152,5 @@ def normalise_first_frames(
     target_std = tail.std(dim=(1, 2, 3, 4), keepdim=True)
     target_mean = target_mean.clamp(mean + MEAN_CLAMP[0], mean + MEAN_CLAMP[1])
     target_std = target_std.clamp(std + STD_CLAMP[0], std + STD_CLAMP[1])
-    head = (head - mean) / std * target_std + target_mean
+    head = (head - mean) / std.where(std > 0, 1) * target_std + target_mean
     return torch.cat((head, x_BCTHW[:, :, frames:]), dim=2)

@@ -49,7 +49,8 @@ def velocity_of(
 ) -> Velocity:
     """The model's velocity for one prompt, computed in `dtype`, returned in the state's dtype.
 
-    `options` (attend, on_block) go to the transformer as they are.
+    `text` and `known` should already be on the model's device: they are read at every step. `options` (attend,
+    on_block) go to the transformer as they are.
     """
 
     def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
@@ -85,9 +86,17 @@ def guide(conditional: Velocity, null: Velocity | None, weight: float) -> Veloci
 
 
 def integrate(
-    velocity: Velocity, x_BCTHW: Tensor, times: Tensor, on_step: StepCallback | None = None
+    velocity: Velocity,
+    x_BCTHW: Tensor,
+    times: Tensor,
+    *,
+    known: Known = NOTHING_KNOWN,
+    on_step: StepCallback | None = None,
 ) -> Tensor:
-    """Euler over `times` (float32 `[N+1]`, falling); N evaluations of `velocity`. dtype in, same dtype out."""
+    """Euler over `times` (float32 `[N+1]`, falling); N evaluations of `velocity`. dtype in, same dtype out.
+
+    `known` only matters for what `on_step` sees: the velocity of known frames means nothing.
+    """
     total = len(times) - 1
     for i in range(total):
         t, t_next = times[i], times[i + 1]
@@ -95,7 +104,7 @@ def integrate(
         clean_BCTHW = x_BCTHW - v_BCTHW * t.to(v_BCTHW)
         x_BCTHW = x_BCTHW + (t_next - t).to(v_BCTHW) * v_BCTHW
         if on_step is not None:
-            on_step(i + 1, total, x_BCTHW, clean_BCTHW)
+            on_step(i + 1, total, x_BCTHW, keep_known(clean_BCTHW, known))
     return x_BCTHW
 
 
@@ -116,4 +125,4 @@ def sample(
     if start_BCTHW is not None:
         first = times[0].to(noise_BCTHW)
         x_BCTHW = first * noise_BCTHW + (1 - first) * start_BCTHW.to(noise_BCTHW)
-    return keep_known(integrate(velocity, x_BCTHW, times, on_step), known)
+    return keep_known(integrate(velocity, x_BCTHW, times, known=known, on_step=on_step), known)

@@ -6,6 +6,7 @@ The scheduler is given the released times (`sigmas`): its own `set_timesteps(N)`
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,41 +21,46 @@ SPEC = CrossDiTSpec(
     model_dim=64, ff_dim=128, time_dim=32, num_text_blocks=2, num_visual_blocks=3, axes_dims=(8, 12, 12),
     in_text_dim=32, in_text_dim2=16, visual_cond=True,
 )  # fmt: skip
+TASKS = {
+    "t2v": SPEC,
+    "i2v": SPEC,
+    "t2i": replace(SPEC, visual_cond=False),
+    "edit": replace(SPEC, visual_cond=False, instruct_type="channel"),
+}
 ROPE_SCALE = (1.0, 2.0, 2.0)
 STEPS, SHIFT, GUIDANCE = 4, 5.0, 5.0
 
 
-@pytest.fixture
-def peer(golden, monkeypatch):
-    """Diffusers' transformer with the golden weights, its bfloat16 rounding after the rotation taken out."""
+@pytest.fixture(params=TASKS)
+def pair(request, golden, monkeypatch):
+    """(task, ours, diffusers') on the same weights; diffusers' bfloat16 rounding after the rotation is taken out.
+
+    Video weights are the golden ones; models with other channels get random ones.
+    """
     from diffusers.models.transformers import transformer_kandinsky as module
 
-    exact = types.SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32})
-    monkeypatch.setattr(module, "torch", exact)
-    model = module.Kandinsky5Transformer3DModel(
-        in_visual_dim=16, in_text_dim=32, in_text_dim2=16, time_dim=32, out_visual_dim=16, model_dim=64,
-        ff_dim=128, num_text_blocks=2, num_visual_blocks=3, axes_dims=(8, 12, 12), visual_cond=True,
+    monkeypatch.setattr(module, "torch", types.SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32}))
+    spec = TASKS[request.param]
+    names = (
+        "model_dim", "ff_dim", "time_dim", "num_text_blocks", "num_visual_blocks", "axes_dims", "in_text_dim",
+        "in_text_dim2", "in_visual_dim", "out_visual_dim",
     )  # fmt: skip
-    model.load_state_dict(_weights(golden))
-    return model.eval()
+    torch.manual_seed(0)
+    peer = module.Kandinsky5Transformer3DModel(
+        **{name: getattr(spec, name) for name in names}, visual_cond=spec.visual_embed_dim == 33
+    ).eval()
+    if spec is SPEC:
+        peer.load_state_dict({k: v.float() for k, v in golden("dit_video_lite_weights").items()})
+    else:
+        for parameter in peer.parameters():  # modulation starts at zero, which would hide most of the network
+            torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim == 2 else None
+    ours = CrossDiT(spec)
+    ours.load_state_dict(peer.state_dict())
+    return request.param, ours.eval(), peer
 
 
-@pytest.fixture
-def ours(golden):
-    model = CrossDiT(SPEC)
-    model.load_state_dict(_weights(golden))
-    return model.eval()
-
-
-def _weights(golden):
-    return {name: tensor.float() for name, tensor in golden("dit_video_lite_weights").items()}
-
-
-def _texts():
-    return [TextCondition(torch.randn(1, n, 32), torch.randn(1, 16)) for n in (13, 5)]
-
-
-def _peer_run(peer, noise, texts, frame):
+def _peer_run(peer, noise, texts, condition_BTHWC):
+    """Diffusers' scheduler and transformer; `condition_BTHWC` holds the channels behind the latent, and frame 0."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
@@ -62,13 +68,9 @@ def _peer_run(peer, noise, texts, frame):
     x = noise.movedim(1, -1)
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     for t in scheduler.timesteps:
-        full = torch.cat((x, torch.zeros(*x.shape[:-1], 17)), dim=-1)
-        if frame is not None:
-            full[:, :1, ..., :16] = frame.movedim(1, -1)
-            full[:, :1, ..., -1] = 1
         v_text, v_null = (
             peer(
-                hidden_states=full,
+                hidden_states=condition_BTHWC(x),
                 encoder_hidden_states=text.features_BLD,
                 pooled_projections=text.pooled_BP,
                 timestep=t[None],
@@ -80,32 +82,48 @@ def _peer_run(peer, noise, texts, frame):
             for text in texts
         )
         x = scheduler.step(v_null + GUIDANCE * (v_text - v_null), t, x, return_dict=False)[0]
-    x = x.movedim(-1, 1)
-    return x if frame is None else torch.cat((frame, x[:, :, 1:]), dim=2)
+    return x.movedim(-1, 1)
 
 
-def _our_run(ours, noise, texts, frame):
-    known = Known(frames_BCTHW=frame)
+def _peer_input(task, given):
+    """What each task's transformer sees, written out independently of the code under test."""
+    if task == "t2i":
+        return lambda x: x
+    if task == "edit":
+        return lambda x: torch.cat((x, given.movedim(1, -1), torch.ones_like(x[..., :1])), dim=-1)
+
+    def video(x):
+        full = torch.cat((x, torch.zeros(*x.shape[:-1], 17)), dim=-1)
+        if task == "i2v":
+            full[:, :1, ..., :16] = given.movedim(1, -1)
+            full[:, :1, ..., -1] = 1
+        return full
+
+    return video
+
+
+@torch.no_grad()
+def test_four_steps_equal_diffusers(pair):
+    task, ours, peer = pair
+    torch.manual_seed(0)
+    frames = 1 if task in ("t2i", "edit") else 5
+    noise = sampling.noise((1, 16, frames, 8, 12), seed=3)
+    given = torch.randn(1, 16, 1, 8, 12)
+    texts = [TextCondition(torch.randn(1, n, 32), torch.randn(1, 16)) for n in (13, 5)]
+    known = {"i2v": Known(frames_BCTHW=given), "edit": Known(edit_BCTHW=given)}.get(task, Known())
+
+    wanted = _peer_run(peer, noise, texts, _peer_input(task, given))
+    if task == "i2v":
+        wanted[:, :, :1] = given
     text, null = (
         sampling.velocity_of(ours, t, dtype=torch.float32, rope_scale=ROPE_SCALE, known=known) for t in texts
     )
-    times = sampling.timesteps(STEPS, SHIFT)
-    return sampling.sample(sampling.guide(text, null, GUIDANCE), noise, times, known=known)
 
+    def run(shift):
+        return sampling.sample(
+            sampling.guide(text, null, GUIDANCE), noise, sampling.timesteps(STEPS, shift), known=known
+        )
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-@torch.no_grad()
-def test_four_steps_equal_diffusers(peer, ours, task):
-    torch.manual_seed(0)
-    noise = sampling.noise((1, 16, 5, 8, 12), seed=3)
-    frame = torch.randn(1, 16, 1, 8, 12) if task == "i2v" else None
-    texts = _texts()
-    wanted = _peer_run(peer, noise, texts, frame)
-    got = _our_run(ours, noise, texts, frame)
-    assert (got - wanted).abs().max() / wanted.abs().max() < 5e-5
-    # the comparison can fail: another shift is far outside the tolerance
-    times = sampling.timesteps(STEPS, 3.0)
-    other = sampling.sample(
-        sampling.velocity_of(ours, texts[0], dtype=torch.float32, rope_scale=ROPE_SCALE), noise, times
-    )
-    assert (other - wanted).abs().max() / wanted.abs().max() > 1e-2
+    assert (run(SHIFT) - wanted).abs().max() / wanted.abs().max() < 5e-5
+    # The comparison can fail: another shift is far outside the tolerance.
+    assert (run(3.0) - wanted).abs().max() / wanted.abs().max() > 1e-2

@@ -76,6 +76,19 @@ def test_wrong_conditions_are_refused():
         transformer_input(VIDEO_LITE, x, Known(frames_BCTHW=torch.randn(1, 16, 1, 8, 8)))
     with pytest.raises(ShapeError, match="channels"):
         transformer_input(VIDEO_LITE, torch.randn(1, 4, 3, 4, 4))
+    with pytest.raises(ShapeError, match="latent size"):
+        transformer_input(VIDEO_LITE, x, Known(frames_BCTHW=torch.randn(1, 1, 1, 4, 4)))
+    with pytest.raises(ShapeError, match="3 start images for a batch of 2"):
+        transformer_input(VIDEO_LITE, torch.randn(2, 16, 3, 4, 4), Known(frames_BCTHW=torch.randn(3, 16, 1, 4, 4)))
+    with pytest.raises(ShapeError, match="latent size"):
+        sampling.keep_known(x[:, :, :1], Known(frames_BCTHW=x))
+
+
+def test_a_flat_frame_is_moved_not_divided_by_zero():
+    x = torch.randn(1, 16, 7, 4, 4)
+    x[:, :, 0] = 0.3
+    out = sampling.normalise_first_frames(x)
+    assert out.isfinite().all() and out[:, :, 0].std() == 0
 
 
 def test_one_prompt_serves_a_batch_and_a_wrong_count_is_named():

@@ -43,6 +43,23 @@ def test_guidance_formula_and_the_skipped_null_pass():
     torch.testing.assert_close(sampling.guide(text, never, 1.0)(x, t), x + 1)
 
 
+def test_the_prompt_is_asked_before_the_null_prompt():
+    order = []
+    text = lambda x, t: order.append("text") or x  # noqa: E731
+    null = lambda x, t: order.append("null") or x  # noqa: E731
+    sampling.guide(text, null, 2.0)(torch.zeros(1), torch.tensor(0.5))
+    assert order == ["text", "null"]
+
+
+def test_callback_sees_the_known_frames_in_the_clean_estimate():
+    frame, seen = torch.randn(1, 16, 1, 4, 4), []
+    sampling.sample(
+        lambda x, t: x * 3, torch.randn(1, 16, 3, 4, 4), sampling.timesteps(3, 5.0), known=Known(frames_BCTHW=frame),
+        on_step=lambda done, total, x, clean: seen.append(clean),
+    )  # fmt: skip
+    assert len(seen) == 3 and all(torch.equal(clean[:, :, :1], frame) for clean in seen)
+
+
 def test_known_frames_come_back_untouched():
     frame = torch.randn(1, 16, 1, 4, 4)
     got = sampling.sample(

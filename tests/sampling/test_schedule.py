@@ -38,7 +38,14 @@ def test_partial_denoise_starts_below_one():
     assert timesteps(10, 5.0, 0.5)[0] == timesteps(20, 5.0)[10] < 1
 
 
-@pytest.mark.parametrize("bad", [(0, 5.0, 1.0), (4, 0.0, 1.0), (4, 5.0, 0.0), (4, 5.0, 1.5)])
+def test_a_tiny_denoise_costs_no_memory():
+    assert timesteps(4, 5.0, 1e-9)[0] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [(0, 5.0, 1.0), (4, 0.0, 1.0), (4, float("nan"), 1.0), (4, float("inf"), 1.0), (4, 5.0, 0.0), (4, 5.0, 1.5)],
+)
 def test_bad_numbers_are_named(bad):
     with pytest.raises(KandinskyError):
         timesteps(*bad)
