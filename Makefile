@@ -6,6 +6,8 @@
 #   TORCH        what pip installs as torch, options included. On Linux the plain package brings 2.5 GB of CUDA
 #                libraries; PyTorch's install page has the line for the processor alone
 #   COMFYUI_DIR  checkout of ComfyUI for the host tests (default: ~/comfy/ComfyUI if it is there)
+#   KANDINSKY5_TOKENIZERS  folder with the public Qwen2.5-VL and CLIP tokenizers, for the token tests where there is
+#                no ComfyUI checkout to take them from
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -22,6 +24,7 @@ test: $(VENV)/.tested-with
 	$(BIN)/ruff check .
 ifeq ($(COMFYUI_DIR),)
 	@echo "*** No ComfyUI checkout: the tests inside ComfyUI are SKIPPED. Set COMFYUI_DIR to run them. ***"
+	@[ -n "$$KANDINSKY5_TOKENIZERS" ] || echo "*** The tests of real token ids are SKIPPED as well: set KANDINSKY5_TOKENIZERS. ***"
 endif
 	COMFYUI_DIR="$(COMFYUI_DIR)" $(BIN)/python -m pytest
 
