@@ -159,9 +159,12 @@ class TextEncoder(nn.Module):
             return
         clip_encoder = getattr(self.clip, "text_model", self.clip).encoder
         layers = [*self.qwen.layers, *clip_encoder.layers]
+
+        def report(done: int, *_: object) -> None:  # what a hook returns would replace the layer's output
+            on_layer(done, len(layers))
+
         hooks = [
-            layer.register_forward_hook(lambda *_, done=index: on_layer(done, len(layers)))
-            for index, layer in enumerate(layers, start=1)
+            layer.register_forward_hook(partial(report, index)) for index, layer in enumerate(layers, start=1)
         ]
         try:
             yield

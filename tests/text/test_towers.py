@@ -119,6 +119,13 @@ def test_layers_are_reported_and_can_cancel(encoder):
     assert not seen
 
 
+def test_what_a_report_returns_changes_nothing(encoder):
+    reported = encoder.encode(PROMPT, "image", on_layer=lambda done, total: torch.zeros(done, total))
+    silent = encoder.encode(PROMPT, "image")
+    assert torch.equal(reported.features_LD, silent.features_LD)
+    assert torch.equal(reported.pooled_P, silent.pooled_P)
+
+
 def test_features_do_not_keep_the_template_alive(encoder):
     features = encoder.encode("x", "video").features_LD
     assert features.untyped_storage().nbytes() == features.nbytes
