@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -74,9 +75,12 @@ class EmbeddingCache:
 
     def prune(self) -> None:
         """Remove the least recently used entries until the rest fits `limit_bytes`."""
-        entries = sorted(((path.stat(), path) for path in self.folder.glob("*.safetensors")), key=_newest_first)
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process prunes the same folder
+                entries.append((path.stat(), path))
         total = 0
-        for stat, path in entries:
+        for stat, path in sorted(entries, key=_newest_first):
             total += stat.st_size
             if total > self.limit_bytes:
                 path.unlink(missing_ok=True)

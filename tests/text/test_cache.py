@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,22 @@ def test_the_least_recently_used_goes_first(cache):
     assert sorted(path.stem for path in cache.folder.iterdir()) == ["a", "c"]
     cache.write("d", FEATURES)
     assert sorted(path.stem for path in cache.folder.iterdir()) == ["a", "d"]
+
+
+def test_an_entry_removed_by_another_process_while_pruning(cache, monkeypatch, caplog):
+    cache.write("other", FEATURES)
+    listed = Path.glob
+
+    def list_then_lose(folder, pattern):
+        found = list(listed(folder, pattern))
+        (folder / "other.safetensors").unlink()
+        return found
+
+    monkeypatch.setattr(Path, "glob", list_then_lose)
+    with caplog.at_level(logging.WARNING, "kandinsky5"):
+        cache.write("k", FEATURES)
+    assert not caplog.text
+    assert [path.name for path in cache.folder.iterdir()] == ["k.safetensors"]
 
 
 def test_an_entry_outlives_its_file(cache):
