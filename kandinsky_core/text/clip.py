@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from .weights import Layout, assign, looks_like, tower_names
+from .weights import Layout, assign, building, looks_like, tower_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
@@ -32,8 +32,8 @@ def load_clip_tower(checkpoint: Checkpoint) -> nn.Module:
     from transformers import CLIPTextModel
 
     names = tower_names(checkpoint, CLIP)
-    config = clip_config(checkpoint, names)
-    with torch.device("meta"):
+    with building(checkpoint), torch.device("meta"):
+        config = clip_config(checkpoint, names)
         tower = CLIPTextModel(config)
     assign(tower, checkpoint, CLIP, torch.float32)
     for name, buffer in list(tower.named_buffers()):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
-from .weights import Layout, assign, looks_like, tower_names
+from .weights import Layout, assign, building, looks_like, tower_names
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLTextConfig
@@ -33,8 +33,8 @@ def load_text_tower(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Mod
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
     names = tower_names(checkpoint, TEXT)
-    config = text_config(checkpoint, names)
-    with torch.device("meta"):
+    with building(checkpoint), torch.device("meta"):
+        config = text_config(checkpoint, names)
         tower = Qwen2_5_VLTextModel(config)
     assign(tower, checkpoint, TEXT, dtype)
     # Rotary frequencies are in no file: built again, this time with numbers. transformers 4 has one in every layer.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
 from .images import MERGE, Patches
-from .weights import Layout, assign, tower_names
+from .weights import Layout, assign, building, tower_names
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -36,9 +36,9 @@ def load_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.M
             f"{checkpoint.path} has no vision tower, which a prompt with an image needs. "
             "Use the whole Qwen2.5-VL (folder or ComfyUI file)."
         )
-    config = vision_config(checkpoint, tower_names(checkpoint, VISION))
-    with torch.device("meta"):
-        tower = Qwen2_5_VisionTransformerPretrainedModel(config)
+    names = tower_names(checkpoint, VISION)
+    with building(checkpoint), torch.device("meta"):
+        tower = Qwen2_5_VisionTransformerPretrainedModel(vision_config(checkpoint, names))
     assign(tower, checkpoint, VISION, dtype)
     rotary = tower.rotary_pos_emb
     for name, buffer in list(rotary.named_buffers()):  # rotary frequencies, in no file

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,28 @@ def looks_like(checkpoint: Checkpoint) -> str:
     return describe(name.removeprefix("model.") for name in checkpoint.tensors)
 
 
+@contextmanager
+def building(checkpoint: Checkpoint) -> Iterator[None]:
+    """Report a model that transformers refuses to build as `CheckpointError`."""
+    from huggingface_hub import errors
+
+    # Newer transformers check a configuration's types and raise this, older ones fail wherever a value is used.
+    refused = getattr(errors, "StrictDataclassError", TypeError)
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        refused, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        source = "config.json" if checkpoint.config else "tensor shapes"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{checkpoint.path}: no model can be built from its {source} ({reason}). "
+            "Give the folder with the config.json that came with the weights."
+        ) from error
+
+
 def assign(tower: nn.Module, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None) -> None:
     """Give the parameters of a meta-initialised `tower` the file's memory-mapped tensors.
 
@@ -91,9 +114,10 @@ def read(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Tensor
     tensor = checkpoint.tensor(name)
     if tensor.dtype not in FP8:
         return tensor if dtype is None else tensor.to(dtype)
-    scale = _scale(checkpoint, name)
+    scale_name = _scale_name(checkpoint, name)
     values = tensor.float()
-    if scale is not None:
+    if scale_name is not None:
+        scale = checkpoint.tensor(scale_name)
         per_row = scale.float().reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.float()
         values = values.mul_(per_row)
     return values.to(dtype or torch.bfloat16)
@@ -109,30 +133,59 @@ def _with_prefix_of(expected: Iterable[str], names: Mapping[str, str]) -> dict[s
     return {prefix + name: source for name, source in names.items()}
 
 
-def _scale(checkpoint: Checkpoint, name: str) -> Tensor | None:
-    """Scale of one fp8 weight: a single value or one per output row; None where the file has none."""
+def _scale_name(checkpoint: Checkpoint, name: str) -> str | None:
+    """Name of an fp8 weight's scale, a single value or one per output row; None where the file has none."""
     stem = name.removesuffix("weight")
-    for suffix in SCALES:
-        if stem + suffix in checkpoint.tensors:
-            return checkpoint.tensor(stem + suffix)
-    return None
+    return next((stem + suffix for suffix in SCALES if stem + suffix in checkpoint.tensors), None)
 
 
 def _check_formats(checkpoint: Checkpoint, sources: Iterable[str]) -> None:
-    """Refuse weights in a quantised format other than scaled fp8, before any is read."""
-    declared = {}
-    for name in checkpoint.tensors:
-        if name.endswith("comfy_quant"):
-            declared[name] = json.loads(bytes(checkpoint.tensor(name).tolist()))
-    layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-    formats = {str(entry.get("format")) for entry in (*declared.values(), *layers.values())}
-    foreign = formats - set(FP8_FORMATS)
+    """Refuse weights in a quantised format other than scaled fp8, and fp8 without its scale, before any is read."""
+    sources = list(sources)
+    foreign = _declared_formats(checkpoint) - set(FP8_FORMATS)
     foreign |= {stored for stored in (checkpoint.tensors[name].dtype for name in sources) if stored not in FLOATS}
     if foreign:
         raise CheckpointError(
             f"{checkpoint.path} is quantised as {', '.join(sorted(foreign))}, which this loader does not read. "
             "Use the bf16, fp16 or fp8_scaled file."
         )
+    # ComfyUI's scaled files keep embeddings, norms, convolutions and biases in 16 bit: what is fp8 there is scaled.
+    is_scaled = any(name.rpartition(".")[2] == "scaled_fp8" for name in checkpoint.tensors)
+    unscaled = [
+        name
+        for name in sources
+        if is_scaled and checkpoint.dtype(name) in FP8 and _scale_name(checkpoint, name) is None
+    ]
+    if unscaled:
+        raise CheckpointError(
+            f"{checkpoint.path} is marked as scaled fp8, but {len(unscaled)} fp8 weights have no scale: "
+            f"{_some(unscaled)}. The file is incomplete or altered; download it again."
+        )
+
+
+def _declared_formats(checkpoint: Checkpoint) -> set[str]:
+    """Formats that ComfyUI's newer quantised files name, in a tensor of each layer or in the file's metadata."""
+    place = f"{checkpoint.path}: _quantization_metadata"
+    layers = _json_object(checkpoint.metadata.get("_quantization_metadata", "{}"), place).get("layers", {})
+    entries = [_require_object(entry, place) for entry in _require_object(layers, place).values()]
+    for name, info in checkpoint.tensors.items():
+        if name.rpartition(".")[2] == "comfy_quant":
+            text = bytes(checkpoint.tensor(name).flatten().view(torch.uint8).tolist())
+            entries.append(_json_object(text, f"{info.file}: {name}"))
+    return {str(entry.get("format")) for entry in entries}
+
+
+def _json_object(text: str | bytes, place: str) -> dict[str, object]:
+    try:
+        return _require_object(json.loads(text), place)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{place} is not JSON: {error}. The file is damaged; download it again.") from error
+
+
+def _require_object(found: object, place: str) -> dict[str, object]:
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place} is {found!r:.40}, not a JSON object. The file is damaged; download it again.")
+    return found
 
 
 def _listing(title: str, entries: list[str]) -> list[str]:

@@ -152,6 +152,46 @@ def test_other_quantisations_are_named(load_single, comfy_qwen, comfy_clip, kind
         load_single(tensors, comfy_clip)
 
 
+def test_a_missing_scale_is_named(load_single, comfy_qwen, comfy_clip):
+    stored, _ = fp8(comfy_qwen, "old")
+    del stored["model.layers.1.mlp.up_proj.scale_weight"]
+    with pytest.raises(CheckpointError, match=r"qwen_2.*no scale: model\.layers\.1\.mlp\.up_proj\.weight\."):
+        load_single(stored, comfy_clip)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b'{"format": "floa', "not JSON"), (b"\xff{", "not JSON"), (b"[1, 2]", r"is \[1, 2\], not"), (b"", "not JSON")],
+)
+def test_damaged_layer_formats_are_named(load_single, comfy_qwen, comfy_clip, content, complaint):
+    name = "model.layers.0.mlp.up_proj.comfy_quant"
+    damaged = comfy_qwen | {name: torch.tensor(list(content), dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match=rf"qwen_2.*{name}.* {complaint}"):
+        load_single(damaged, comfy_clip)
+
+
+def test_layer_formats_of_another_type_are_named(load_single, comfy_qwen, comfy_clip):
+    damaged = comfy_qwen | {"model.layers.0.mlp.up_proj.comfy_quant": torch.tensor(-1.5)}
+    with pytest.raises(CheckpointError, match="comfy_quant is not JSON"):
+        load_single(damaged, comfy_clip)
+
+
+@pytest.mark.parametrize("content", ['{"layers"', "[]", '{"layers": []}', '{"layers": {"model.norm": "fp8"}}'])
+def test_damaged_quantisation_metadata_is_named(folders, tmp_path, comfy_qwen, content):
+    file = tmp_path / "qwen.safetensors"
+    save_file({name: value.clone() for name, value in comfy_qwen.items()}, file, {"_quantization_metadata": content})
+    with pytest.raises(CheckpointError, match=r"qwen\.safetensors: _quantization_metadata is"):
+        load_text_encoder(file, folders[1], tokenizer_path=folders[0])
+
+
+def test_quantisation_metadata_names_the_format(folders, tmp_path, comfy_qwen):
+    file = tmp_path / "qwen.safetensors"
+    content = json.dumps({"layers": {"model.layers.0.mlp.up_proj": {"format": "nvfp4"}}})
+    save_file({name: value.clone() for name, value in comfy_qwen.items()}, file, {"_quantization_metadata": content})
+    with pytest.raises(CheckpointError, match="nvfp4"):
+        load_text_encoder(file, folders[1], tokenizer_path=folders[0])
+
+
 WRONG = {
     "T5": {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8), "encoder.final_layer_norm.weight": (8,)},
     "Kandinsky 5 transformer": {"visual_transformer_blocks.0.cross_attention.to_query.weight": (8, 8)},
@@ -181,6 +221,51 @@ def test_other_language_models_are_refused_by_config(folders, tmp_path):
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="qwen3_vl"):
         load_text_encoder(tmp_path / "q", folders[1])
+
+
+@pytest.mark.parametrize(
+    ("slot", "change"),
+    [
+        pytest.param(0, {"text_config": [1]}, id="not an object"),
+        pytest.param(0, {"text_config": {"hidden_size": "wide"}}, id="text for a number"),
+        pytest.param(0, {"text_config": {"hidden_size": 255}}, id="not divisible"),
+        pytest.param(0, {"text_config": {"hidden_size": -4}}, id="negative"),
+        pytest.param(0, {"text_config": {"hidden_act": "nope"}}, id="unknown activation"),
+        pytest.param(0, {"text_config": {"num_attention_heads": 0}}, id="no heads"),
+        pytest.param(0, {"dtype": "floaty"}, id="unknown dtype"),
+        pytest.param(1, {"hidden_size": "wide"}, id="clip: text for a number"),
+        pytest.param(1, {"hidden_act": "nope"}, id="clip: unknown activation"),
+        pytest.param(1, {"num_attention_heads": 7}, id="clip: not divisible"),
+    ],
+)
+def test_configurations_that_build_no_model_are_named(folders, tmp_path, slot, change):
+    given = list(folders)
+    given[slot] = tmp_path / "damaged"
+    shutil.copytree(folders[slot], given[slot])
+    file = given[slot] / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"damaged: no model can be built from its config\.json \(\w+: .+\)"):
+        load_text_encoder(*given)
+
+
+def test_a_damaged_vision_configuration_is_named(folders, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    config["vision_config"]["num_heads"] = 0
+    (damaged / "config.json").write_text(json.dumps(config))
+    encoder = load_text_encoder(damaged, folders[1])
+    with pytest.raises(CheckpointError, match=r"damaged: no model can be built from its config\.json"):
+        encoder.encode(PROMPT, "image_edit", images=[IMAGE])
+
+
+def test_shapes_that_build_no_model_are_named(load_single, comfy_qwen, comfy_clip):
+    flat = comfy_qwen | {"model.embed_tokens.weight": torch.zeros(5)}
+    with pytest.raises(CheckpointError, match=r"qwen_2.* no model can be built from its tensor shapes"):
+        load_single(flat, comfy_clip)
 
 
 def test_one_report_for_everything_that_does_not_fit(load_single, comfy_qwen, comfy_clip):
