@@ -76,9 +76,10 @@ class FluxVAE(nn.Module):
 
     def decode(self, z_BCHW: Tensor, *, on_tile: OnTile | None = None) -> Tensor:
         """Decode raw latents `[B,16,h,w]` to pixels `[B,3,8h,8w]`, about -1...1, not clamped, in one pass."""
-        if z_BCHW.ndim != 4 or z_BCHW.shape[1] != self.spec.latent_channels:
+        if z_BCHW.ndim != 4 or z_BCHW.shape[1] != self.spec.latent_channels or 0 in z_BCHW.shape[2:]:
             raise ShapeError(
-                f"An image latent is [batch, {self.spec.latent_channels}, rows, columns]; got {list(z_BCHW.shape)}."
+                f"An image latent is [batch, {self.spec.latent_channels}, rows, columns], at least one of each; "
+                f"got {list(z_BCHW.shape)}."
             )
         return _reported(self.decoder(z_BCHW), on_tile)
 

@@ -136,10 +136,10 @@ class HunyuanVideoVAE(nn.Module):
 
         Without a plan up to 5 latent frames go in one pass and longer clips in the released windows.
         """
-        if z_BCTHW.ndim != 5 or z_BCTHW.shape[1] != self.spec.latent_channels:
+        if z_BCTHW.ndim != 5 or z_BCTHW.shape[1] != self.spec.latent_channels or 0 in z_BCTHW.shape[2:]:
             raise ShapeError(
-                f"A video latent is [batch, {self.spec.latent_channels}, frames, rows, columns]; "
-                f"got {list(z_BCTHW.shape)}."
+                f"A video latent is [batch, {self.spec.latent_channels}, frames, rows, columns], "
+                f"at least one of each; got {list(z_BCTHW.shape)}."
             )
         plan = plan or reference_plan(*z_BCTHW.shape[2:])
         return run_plan(plan, z_BCTHW, lambda z: self.decoder(self.post_quant_conv(z)), DECODE, on_tile)

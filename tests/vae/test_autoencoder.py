@@ -186,15 +186,33 @@ def test_video_encode_refuses_bad_shapes(shape, complaint):
         HunyuanVideoVAE(VIDEO).encode(torch.zeros(shape))
 
 
-def test_other_bad_shapes_are_refused():
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 2, 2), (1, 16, 2, 2), (1, 4, 1, 2, 2), (1, 16, 0, 2, 2), (1, 16, 1, 0, 2), (1, 16, 1, 2, 0), (1,) * 6],
+)
+def test_video_decode_refuses_bad_shapes(shape):
     with pytest.raises(ShapeError, match="batch, 16, frames"):
-        HunyuanVideoVAE(VIDEO).decode(torch.zeros(1, 16, 2, 2))
+        HunyuanVideoVAE(VIDEO).decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (16, 2, 2), (1, 16, 1, 2, 2), (1, 4, 2, 2), (1, 16, 0, 2), (1, 16, 2, 0)])
+def test_image_decode_refuses_bad_shapes(shape):
     with pytest.raises(ShapeError, match="batch, 16, rows"):
-        FluxVAE(IMAGE).decode(torch.zeros(1, 16, 1, 2, 2))
-    with pytest.raises(ShapeError, match="batch, 3, height"):
-        FluxVAE(IMAGE).encode(torch.zeros(1, 3, 1, 16, 16))
-    with pytest.raises(ShapeError, match="height 12"):
-        FluxVAE(IMAGE).encode(torch.zeros(1, 3, 12, 16))
+        FluxVAE(IMAGE).decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [
+        ((1, 3, 1, 16, 16), "batch, 3, height"),
+        ((3, 16, 16), "batch, 3, height"),
+        ((1, 3, 12, 16), "height 12"),
+        ((1, 3, 16, 0), "width 0"),
+    ],
+)
+def test_image_encode_refuses_bad_shapes(shape, complaint):
+    with pytest.raises(ShapeError, match=complaint):
+        FluxVAE(IMAGE).encode(torch.zeros(shape))
 
 
 def test_specifications_that_cannot_be_built_are_refused():
