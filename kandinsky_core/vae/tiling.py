@@ -107,7 +107,10 @@ def tile_spans(cells: int, tile_px: int) -> tuple[Span, ...]:
 
 
 def released_tile_px(height_px: int, width_px: int, free_bytes: int) -> tuple[int, int]:
-    """Choose the (height, width) of a tile from free memory as the released models do; the frame itself if it fits."""
+    """Choose the (height, width) of a tile from free memory as the released models do; the frame itself if it fits.
+
+    For the memory planner, whose reference mode decodes with `window_plan(..., tile_px=...)` of it.
+    """
     area_limit = free_bytes / (256 * 17 * VAE_SPATIAL)
     values = 256 * 17 * (height_px + 32) * (width_px + 32)  # elements of the largest padded activation
     if height_px * width_px < area_limit and values < 2**31:

@@ -76,8 +76,17 @@ def test_plan_in_pixels_both_ways():
 
 
 @REPEATABLE
+@given(st.integers(1, 14), CELLS, CELLS, TILE_PX, TILE_PX, st.floats(-100, 100))
+def test_fading_weights_sum_to_one(frames, rows, columns, tile_height, tile_width, value):
+    plan = tiling.window_plan(frames, rows, columns, tile_px=(tile_height, tile_width))
+    field = torch.full((1, 1, frames, rows, columns), value, dtype=torch.float64)
+    out = tiling.run_plan(plan, field, lambda piece: piece.clone(), tiling.Direction(1, 1, 1, 1))
+    torch.testing.assert_close(out, field, rtol=0, atol=1e-6)
+
+
+@REPEATABLE
 @given(st.integers(1, 20), CELLS, TILE_PX)
-def test_fading_weights_sum_to_one(frames, rows, tile_px):
+def test_faded_cells_lie_between_their_pieces(frames, rows, tile_px):
     plan = tiling.window_plan(frames, rows, 1, tile_px=(tile_px, 8))
     piece_numbers = iter(range(10**6))
 
