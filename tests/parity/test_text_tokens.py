@@ -19,22 +19,26 @@ from comfyui_kandinsky5.kandinsky_core.text.tokens import (
 ROOT = Path(__file__).parents[2]
 META = json.loads((ROOT / "tests/golden/index.json").read_text())["text_tokens.safetensors"]["meta"]
 PROMPTS = range(len(META["prompts"]))
-PUBLIC = Path(os.environ.get("KANDINSKY5_TOKENIZERS", ROOT / "../shared/golden/tokenizers"))
-COMFY = Path(os.environ.get("COMFYUI_DIR", Path.home() / "comfy" / "ComfyUI")) / "comfy"
+HOMES = {
+    "KANDINSKY5_TOKENIZERS": "a folder with the public tokenizers (subfolders qwen2_5_vl, clip_l)",
+    "COMFYUI_DIR": "a ComfyUI checkout",
+}
 
 
-def source(path, name):
-    missing = f"{name} not found; set KANDINSKY5_TOKENIZERS (folders qwen2_5_vl, clip_l) or COMFYUI_DIR"
-    return pytest.param(path, id=name, marks=pytest.mark.skipif(not path.is_dir(), reason=missing))
+def source(name, variable, folder):
+    """The tokenizer `folder` of what `variable` names: skipped where it is not set, an error where it is wrong."""
+    home = os.environ.get(variable)
+    missing = f"{name} is NOT tested: set {variable} to {HOMES[variable]}"
+    return pytest.param(Path(home or "") / folder, id=name, marks=pytest.mark.skipif(not home, reason=missing))
 
 
 QWEN = [
-    source(PUBLIC / "qwen2_5_vl", "the public Qwen2.5-VL tokenizer"),
-    source(COMFY / "text_encoders/qwen25_tokenizer", "ComfyUI's Qwen2.5 tokenizer"),
+    source("the public Qwen2.5-VL tokenizer", "KANDINSKY5_TOKENIZERS", "qwen2_5_vl"),
+    source("ComfyUI's Qwen2.5 tokenizer", "COMFYUI_DIR", "comfy/text_encoders/qwen25_tokenizer"),
 ]
 CLIP = [
-    source(PUBLIC / "clip_l", "the public CLIP tokenizer"),
-    source(COMFY / "sd1_tokenizer", "ComfyUI's CLIP tokenizer"),
+    source("the public CLIP tokenizer", "KANDINSKY5_TOKENIZERS", "clip_l"),
+    source("ComfyUI's CLIP tokenizer", "COMFYUI_DIR", "comfy/sd1_tokenizer"),
 ]
 
 
