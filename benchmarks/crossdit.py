@@ -152,13 +152,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=1792)
     parser.add_argument("--max-tokens", type=int, default=9216)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     if options.comfyui is not None:
         import_comfyui(options.comfyui.expanduser())
     emit({"machine": machine()}, options.out)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (getattr(torch, name) for name in options.dtypes):
         for grid, text_tok, visual_blocks in CASES:
             tokens = grid[0] * grid[1] * grid[2]
             if tokens <= options.max_tokens:

@@ -22,9 +22,11 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-PIECE_BYTES = 1 << 20  # a float32 piece of activations: two or three fit in one core's cache
+PIECE_BYTES = (
+    1 << 18
+)  # a float32 piece of activations: the half dozen temporaries of a step fit in a core's cache
 # A hidden piece: larger blocks go back to the system when freed, and every use faults them in anew.
-HIDDEN_PIECE_BYTES = 1 << 24
+HIDDEN_PIECE_BYTES = 1 << 25
 MAX_HIDDEN_PIECES = 4  # a host that streams weights streams them once per piece
 
 
@@ -84,6 +86,9 @@ def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm, then `y * (1 + scale) + shift`, all in float32; one rounding to the dtype of `x_BND`."""
     weight_BD = scale_BD + 1.0
     width = x_BND.shape[-1:]
+    if len(x_BND) == 1 and (x_BND.dtype == torch.float32 or x_BND.is_cpu):
+        # One kernel; the CPU's takes 16-bit tokens with float32 vectors and computes in float32.
+        return F.layer_norm(x_BND, width, weight_BD[0], shift_BD[0], NORM_EPS)
     if whole(x_BND):
         y_BND = F.layer_norm(x_BND.float(), width, eps=NORM_EPS)
         return torch.addcmul(shift_BD.unsqueeze(1), y_BND, weight_BD.unsqueeze(1)).to(x_BND.dtype)
@@ -100,7 +105,8 @@ def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate_BD: Tensor) -> Tensor
         return torch.addcmul(x_BND.float(), branch_BND.float(), gate_BD.unsqueeze(1)).to(x_BND.dtype)
     for x_ND, branch_ND, gate_D in zip(x_BND, branch_BND, gate_BD, strict=True):
         for part in pieces(x_BND):
-            branch_ND[part] = torch.addcmul(x_ND[part].float(), branch_ND[part].float(), gate_D)
+            sum_ND = x_ND[part].to(torch.float32, copy=True)
+            branch_ND[part] = sum_ND.addcmul_(branch_ND[part].float(), gate_D)
     return branch_BND
 
 
