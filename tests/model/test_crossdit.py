@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,31 @@ def test_gradients():
                 losses.append(out.square().mean().item())
                 tensor -= sign * 1e-2 * direction
         assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bfloat16_gradients_follow_float32(batch):
+    """Mixed weights as published: modulation and time layers in float32, the rest in bfloat16."""
+    model = random_model(dtype=torch.bfloat16)
+    reference = copy.deepcopy(model).float()
+    for name, module in model.named_modules():
+        if "modulation" in name or "time_embeddings" in name:
+            module.float()
+    *given, time = inputs(batch=batch)
+    given = [tensor.bfloat16() for tensor in given]
+    model(*given, time).float().square().mean().backward()
+    reference(*(tensor.float() for tensor in given), time).square().mean().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        difference = (parameter.grad.float() - expected[name].grad).norm() / expected[name].grad.norm()
+        assert difference <= 6e-2, name
+
+
+@torch.no_grad()
+def test_no_text_at_all_gives_a_velocity():
+    """The editing template crops an empty prompt to nothing."""
+    x, text, pooled, time = inputs()
+    assert random_model()(x, text[:, :0], pooled, time).isfinite().all()
 
 
 def test_rotation_is_the_same_when_compiled(monkeypatch):
