@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .header import PICKLE_ADVICE, PICKLE_SUFFIXES, TORCH_DTYPES, TensorInfo, read_header
+from .listing import some
+from .whole_file import whole_file
 
 INDEX_SUFFIX = ".index.json"
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -118,18 +119,13 @@ def save_checkpoint(
 ) -> None:
     """Write a safetensors file in one step: a crash or a full disk never leaves half a file under its name."""
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     needed = sum(tensor.nbytes for tensor in stored.values())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, partial, metadata=dict(metadata or {}))
-        os.replace(partial, target)
+        with whole_file(target) as partial:
+            save_file(stored, partial, metadata=dict(metadata or {}))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{target} ({needed:,} bytes) cannot be written: {error}.") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
 
 
 def _weights_in(folder: Path) -> Path:
@@ -159,12 +155,12 @@ def _read_shards(index: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise CheckpointError(
             f"{index} needs {len(shards)} files, {len(missing)} missing in {index.parent}: "
-            f"{_some(missing)}. Download them."
+            f"{some(missing)}. Download them."
         )
     headers = {name: read_header(index.parent / name) for name in shards}
     if absent := [name for name, shard in weight_map.items() if name not in headers[shard][0]]:
         raise CheckpointError(
-            f"{index}: {len(absent)} tensors are not in the files it names: {_some(absent)}."
+            f"{index}: {len(absent)} tensors are not in the files it names: {some(absent)}."
         )
     metadata = {key: value for _, found in headers.values() for key, value in found.items()}
     return {name: headers[shard][0][name] for name, shard in weight_map.items()}, metadata
@@ -190,8 +186,3 @@ def _strip(tensors: Mapping[str, TensorInfo], part: str) -> tuple[str, dict[str,
         kept = {name.removeprefix(prefix): info for name, info in kept.items()}
         stripped += prefix
     return stripped, kept
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import MediaError
 from .image import to_uint8
+from .whole_file import whole_file
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -80,7 +81,7 @@ def write_video(
     first = next(pictures, None)
     if first is None:
         raise MediaError(f"{target}: there are no frames to write.")
-    with _whole_file(target, (OSError, av.error.FFmpegError)) as partial:
+    with _media_file(target, (OSError, av.error.FFmpegError)) as partial:
         # mp4 and mov drop unknown tags without use_metadata_tags; faststart lets a clip play while it loads.
         flags = {} if target.suffix.lower() == ".mkv" else {"movflags": "use_metadata_tags+faststart"}
         with av.open(partial, "w", format=CONTAINERS[target.suffix.lower()], options=flags) as container:
@@ -110,7 +111,11 @@ def read_video(path: str | os.PathLike[str]) -> Video:
         raise MediaError(f"{path} is not a clip that can be read: {error}.") from error
     if not frames:
         raise MediaError(f"{path} holds no frames.")
-    return Video(torch.stack(frames).float() / 255, rate, metadata)
+    # Frame by frame: only the result is ever held in float32.
+    frames_THW3 = torch.empty((len(frames), *frames[0].shape))
+    for frame_HW3, pixels_HW3 in zip(frames_THW3, frames, strict=True):
+        torch.div(pixels_HW3, 255, out=frame_HW3)
+    return Video(frames_THW3, rate, metadata)
 
 
 def write_png(
@@ -126,7 +131,7 @@ def write_png(
     buffer = BytesIO()
     Image.fromarray(_pixels(image)).save(buffer, "png", pnginfo=facts)
     target = Path(path)
-    with _whole_file(target, (OSError,), len(buffer.getbuffer())) as partial:
+    with _media_file(target, (OSError,), len(buffer.getbuffer())) as partial:
         partial.write_bytes(buffer.getbuffer())
     return target
 
@@ -207,26 +212,24 @@ def _frame(pixels_HW3: np.ndarray, stream: VideoStream) -> Any:
 
 
 @contextlib.contextmanager
-def _whole_file(
+def _media_file(
     target: Path, errors: tuple[type[Exception], ...], needed_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Give a path to write to that becomes `target` at the end, or vanishes; `errors` become `MediaError`."""
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    """Give a path to write to as `whole_file` does; `errors` become `MediaError` with sizes in bytes."""
+    size = needed_bytes or 0
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, target)
+        with whole_file(target) as partial:
+            try:
+                yield partial
+            finally:
+                size = needed_bytes or (partial.stat().st_size if partial.exists() else 0)
     except errors as error:
-        size = needed_bytes or (partial.stat().st_size if partial.exists() else 0)
         free = f"; {shutil.disk_usage(target.parent).free:,} bytes are free" if target.parent.is_dir() else ""
         reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
         what = f"({size:,} bytes)" if needed_bytes else f"(failed after {size:,} bytes)"
         raise MediaError(
             f"{target} {what} cannot be written: {reason}{free}. Choose another folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def _strings(metadata: Mapping[str, object] | None) -> dict[str, str]:

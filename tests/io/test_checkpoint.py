@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError
+from comfyui_kandinsky5.kandinsky_core.io import checkpoint as checkpoint_module
 from comfyui_kandinsky5.kandinsky_core.io.checkpoint import open_checkpoint, save_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,21 @@ def test_what_was_saved_is_what_is_opened(file):
     assert checkpoint.nbytes == 6 * 4 + 4 * 2
     for name, tensor in TENSORS.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+def test_two_writers_of_one_file_do_not_meet(file, monkeypatch):
+    """The second starts and ends while the first has written, but not yet named its file."""
+    write = checkpoint_module.save_file
+
+    def interrupted(tensors, path, metadata):
+        write(tensors, path, metadata=metadata)
+        if "first" in tensors:
+            save_checkpoint(file, {"second": torch.ones(1)})
+
+    monkeypatch.setattr(checkpoint_module, "save_file", interrupted)
+    save_checkpoint(file, {"first": torch.ones(1)})
+    assert list(open_checkpoint(file).tensors) == ["first"]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_mapped_tensors_never_write_to_the_file(file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from math import prod
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video, w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTS = {"prompt": "ein roter Würfel, 红色", "kandinsky5": {"seed": 7, "steps": 16}}
 
@@ -80,6 +82,53 @@ def test_a_long_clip_is_streamed(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * frame_bytes
+
+
+def test_two_writers_of_one_clip_do_not_meet(tmp_path):
+    path = tmp_path / "clip.mp4"
+
+    def frames():
+        yield from noise(80, 16, 16)  # more than the encoder looks ahead, so the file is open by now
+        write_video(path, noise(5, 16, 16), fps=8)
+        yield noise(1, 16, 16)[0]
+
+    write_video(path, frames(), fps=8)
+    assert len(read_video(path).frames_THW3) == 81
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_has_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    path = write_png(tmp_path / "picture.png", noise(1, 8, 8)[0])
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+class TensorBytes(TorchDispatchMode):
+    """Sum the bytes of all memory that torch operations hand out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in given:
+                self.seen[pointer] = tensor.untyped_storage()  # kept alive, so no address comes twice
+        return out
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self.seen.values())
+
+
+def test_a_clip_is_read_into_one_float_tensor(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", noise(8, 32, 48), fps=8)
+    with TensorBytes() as handed_out:
+        clip = read_video(path)
+    assert handed_out.total == clip.frames_THW3.nbytes == 4 * prod((8, 32, 48, 3))
 
 
 @pytest.mark.parametrize(
