@@ -16,6 +16,9 @@ from .signature import describe, recognise
 SPEC_KEY = "kandinsky5.spec"  # safetensors metadata: JSON of CrossDiTSpec, for sizes no table row has
 VARIANT_KEY = "kandinsky5.variant"  # safetensors metadata: name of the table row
 
+# What makes a model of one row's kind, whatever its size: how its input channels are laid out and meant.
+FAMILY_FIELDS = ("visual_cond", "instruct_type", "patch_size", "in_visual_dim", "out_visual_dim")
+
 # Words in file and folder names that hint at tasks and tags of a row; the first match of a group counts.
 NAME_WORDS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
@@ -57,8 +60,8 @@ def identify(checkpoint: Checkpoint, choice: str | None = None) -> Identity:
             f"{checkpoint.path} calls itself {named!r}, which is unknown. Known: {', '.join(VARIANTS)}."
         )
     if named and SPEC_KEY in checkpoint.metadata:
-        row = replace(variant(named), spec=spec)
-        rows = (row,)
+        _check_family(checkpoint, spec, variant(named))
+        rows = (replace(variant(named), spec=spec),)
     else:
         rows = tuple(row for row in VARIANTS.values() if row.spec == spec)
         if not rows:
@@ -104,15 +107,13 @@ def read_spec(checkpoint: Checkpoint) -> CrossDiTSpec:
     if SPEC_KEY not in checkpoint.metadata:
         return derived
     try:
-        given = json.loads(checkpoint.metadata[SPEC_KEY])
-        lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
-        spec = CrossDiTSpec(**{**given, **lists})
-    except (TypeError, AttributeError, ValueError) as error:
+        spec = _parse(checkpoint.metadata[SPEC_KEY], derived)
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: its metadata '{SPEC_KEY}' is not a specification: {error}."
         ) from error
     # Axes, patch and the meaning of 33 channels do not show in shapes; all else must agree.
-    hidden = {"axes_dims", "patch_size", "visual_cond", "instruct_type", "in_visual_dim", "out_visual_dim"}
+    hidden = {"axes_dims", *FAMILY_FIELDS}
     wrong = [
         f"{f.name} {getattr(spec, f.name)} (tensors: {getattr(derived, f.name)})"
         for f in fields(spec)
@@ -130,6 +131,34 @@ def spec_metadata(row: Variant) -> dict[str, str]:
     return {VARIANT_KEY: row.name, SPEC_KEY: json.dumps(asdict(row.spec))}
 
 
+def _parse(text: str, derived: CrossDiTSpec) -> CrossDiTSpec:
+    """CrossDiTSpec from JSON; a value of another kind than in `derived` raises `TypeError`."""
+    given = json.loads(text)
+    for key, value in given.items():
+        like = getattr(derived, key)
+        if isinstance(like, tuple):
+            fits = isinstance(value, list) and [type(side) for side in value] == [int] * len(like)
+        else:
+            fits = key == "instruct_type" or type(value) is type(like)
+        if not fits:
+            raise TypeError(f"{key} {value!r}")
+    return CrossDiTSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+def _check_family(checkpoint: Checkpoint, spec: CrossDiTSpec, row: Variant) -> None:
+    """Refuse a specification that is no smaller or larger model of the named row's kind, but another kind."""
+    other = [
+        f"{name} {getattr(spec, name)!r} ('{row.name}': {getattr(row.spec, name)!r})"
+        for name in FAMILY_FIELDS
+        if getattr(spec, name) != getattr(row.spec, name)
+    ]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint.path}: its metadata names the variant '{row.name}' and a specification of another model: "
+            f"{', '.join(other)}. Correct '{VARIANT_KEY}' or '{SPEC_KEY}', or download the file again."
+        )
+
+
 def _derive(shapes: dict[str, tuple[int, ...]]) -> CrossDiTSpec:
     """CrossDiTSpec from official tensor shapes; reference: the published key table."""
     width = shapes["visual_embeddings.in_layer.bias"][0]
@@ -145,7 +174,7 @@ def _derive(shapes: dict[str, tuple[int, ...]]) -> CrossDiTSpec:
     if not head or not width:
         raise ValueError("an empty tensor")
     # How the head width splits into rotary axes does not show in any shape; unknown widths carry it in the metadata.
-    axes = {row.spec.head_dim: row.spec.axes_dims for row in VARIANTS.values()}.get(head, (head, 0, 0))
+    axes = {row.spec.head_dim: row.spec.axes_dims for row in VARIANTS.values()}.get(head, (head - 4, 2, 2))
     has_extra = channels != out_channels
     # Both kinds of 33-channel weights look alike but for the width: only editing is as wide as the image family.
     editing = has_extra and width in {

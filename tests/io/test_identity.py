@@ -124,6 +124,25 @@ def test_metadata_carries_sizes_no_row_has(tmp_path, shapes, write_header):
         ),
         ({"kandinsky5.spec": json.dumps({**asdict(NANO_VIDEO), "visual_cond": False})}, "contradicts"),
         ({"kandinsky5.spec": json.dumps({**asdict(NANO_VIDEO), "axes_dims": [16, 24, 24]})}, "contradicts"),
+        *(
+            ({"kandinsky5.spec": json.dumps({**asdict(NANO_VIDEO), **broken})}, "not a specification")
+            for broken in (
+                {"axes_dims": [0, 0, 0]},
+                {"axes_dims": []},
+                {"axes_dims": [8, 24]},
+                {"axes_dims": [8.0, 12.0, 12.0]},
+                {"axes_dims": 32},
+                {"axes_dims": [40, -4, -4]},
+                {"patch_size": [1, 2]},
+                {"model_dim": "128"},
+                {"model_dim": 128.0},
+                {"model_dim": 0},
+                {"visual_cond": "yes"},
+                {"instruct_type": ["channel"]},
+            )
+        ),
+        ({"kandinsky5.spec": "[" * 100_000}, "not a specification"),
+        ({"kandinsky5.spec": json.dumps({"model_dim": 128})}, "not a specification"),
         ({"kandinsky5.variant": "nano_9000"}, "calls itself 'nano_9000'"),
         ({"kandinsky5.variant": "lite_t2i"}, "calls itself 'lite_t2i', but"),
     ],
@@ -132,6 +151,33 @@ def test_metadata_that_contradicts_the_tensors_is_refused(tmp_path, shapes, writ
     path = write_header(tmp_path / "nano.safetensors", shapes(NANO_VIDEO), metadata)
     with pytest.raises(CheckpointError, match=said):
         identify(open_checkpoint(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "spec", "said"),
+    [
+        ("lite_t2v_5s_sft", replace(VIDEO_LITE, visual_cond=False, instruct_type="channel"), "instruct_type 'channel'"),
+        ("lite_i2i", replace(IMAGE_EDIT, visual_cond=True, instruct_type=None), "visual_cond True"),
+        ("lite_t2i", replace(IMAGE_T2I, patch_size=(2, 2, 1)), r"patch_size \(2, 2, 1\)"),
+        ("lite_t2v_5s_sft", replace(VIDEO_LITE, visual_cond=False, in_visual_dim=33), "in_visual_dim 33"),
+        ("lite_t2i", replace(IMAGE_T2I, out_visual_dim=4), "out_visual_dim 4"),
+    ],
+)  # fmt: skip
+def test_a_variant_and_a_specification_that_contradict_each_other_are_refused(
+    tmp_path, shapes, write_header, row, spec, said
+):
+    """The tensors fit both, so only the two together tell that one is wrong."""
+    metadata = spec_metadata(replace(VARIANTS[row], spec=spec))
+    path = write_header(tmp_path / "both.safetensors", shapes(VARIANTS[row].spec), metadata)
+    with pytest.raises(CheckpointError, match=rf"names the variant '{row}' and a .* another model: .*{said}"):
+        identify(open_checkpoint(path))
+
+
+def test_head_widths_no_row_has_come_from_the_metadata(tmp_path, shapes, write_header):
+    spec = replace(NANO_VIDEO, model_dim=144, axes_dims=(12, 18, 18))
+    row = replace(VARIANTS["nano_video"], spec=spec)
+    path = write_header(tmp_path / "tiny.safetensors", shapes(spec), spec_metadata(row))
+    assert identify(open_checkpoint(path)).variant == row
 
 
 @pytest.mark.parametrize(
