@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from ..variants import FLUX_VAE, HUNYUAN_VAE, VAESpec
 from .blocks import check_spec
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Number = TypeVar("_Number", int, float)
 
 LEVELS = len(HUNYUAN_VAE.block_out_channels)
 
@@ -26,6 +29,9 @@ _STRANGERS = (
     (r"encoder\.conv_in\.", "an encoder without its decoder"),
     (r"visual_transformer_blocks\.", "a transformer, not an autoencoder"),
 )
+
+# Autoencoders with the very tensors of a published one, by the scaling factor in their config.json.
+_TWINS = {1.5305: "the Stable Diffusion 3 autoencoder"}
 
 # LDM (original FLUX, ComfyUI) and older names -> diffusers names, applied in this order.
 _RENAMES = tuple(
@@ -74,7 +80,8 @@ def identify_vae(
     """Read the specification of an autoencoder from tensor shapes; return it with {stored name: model's name}.
 
     `settings` are a file's metadata or a config.json: `norm_num_groups` (not visible in shapes, needed for widths other
-    than the published) and `scaling_factor`; a `shift_factor` is ignored, as in the released pipelines.
+    than the published) and `scaling_factor` (with the published widths, another one means another model); a
+    `shift_factor` is ignored, as in the released pipelines.
     Files of other autoencoders raise `CheckpointError` with what they look like.
     """
     prefix = _prefix(shapes)
@@ -146,8 +153,8 @@ def _spec(published: VAESpec, found: Shapes, settings: Mapping[str, object]) -> 
         re.fullmatch(rf"decoder\.up_blocks\.0\.resnets\.\d+\.{re.escape(conv)}", name) is not None
         for name in found
     )
-    groups = settings.get("norm_num_groups")
-    if groups is None and widths != published.block_out_channels:
+    own_widths = widths == published.block_out_channels
+    if not own_widths and settings.get("norm_num_groups") is None:
         raise CheckpointError(
             f"An autoencoder of widths {widths} needs norm_num_groups, which shapes do not show. "
             "Put it into the file's metadata or a config.json beside it."
@@ -157,13 +164,30 @@ def _spec(published: VAESpec, found: Shapes, settings: Mapping[str, object]) -> 
             published,
             block_out_channels=widths,
             layers_per_block=depth - 1,
-            norm_num_groups=int(str(groups or published.norm_num_groups)),
-            scaling_factor=float(str(settings.get("scaling_factor") or published.scaling_factor)),
+            norm_num_groups=_positive(int, settings, "norm_num_groups", published.norm_num_groups),
+            scaling_factor=_positive(float, settings, "scaling_factor", published.scaling_factor),
         )
         check_spec(spec, published.kind)
     except ValueError as error:
         raise CheckpointError(f"The autoencoder's metadata contradicts its tensors: {error}") from error
+    if own_widths and not math.isclose(spec.scaling_factor, published.scaling_factor, rel_tol=1e-3):
+        twins = (title for factor, title in _TWINS.items() if math.isclose(spec.scaling_factor, factor))
+        raise _foreign(
+            f"looks like {next(twins, 'another autoencoder')} with the shapes of ours: its settings say "
+            f"scaling_factor {spec.scaling_factor:g}, ours has {published.scaling_factor:g}"
+        )
     return spec
+
+
+def _positive(number: type[_Number], settings: Mapping[str, object], name: str, default: _Number) -> _Number:
+    """Read a setting as a finite number above zero; others raise `ValueError`."""
+    given = settings.get(name)
+    if given is None:
+        return default
+    value = number(str(given))
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} {given!r} is not a finite number above zero.")
+    return value
 
 
 def _foreign(what: str) -> CheckpointError:

@@ -165,8 +165,23 @@ def test_other_files_are_named_and_refused(complaint):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"norm_num_groups": 3}, {"norm_num_groups": "many"}, {"scaling_factor": "x"}]
+    "settings",
+    [{"norm_num_groups": groups} for groups in (3, 0, -4, "many", 32.5)]
+    + [{"scaling_factor": factor} for factor in ("x", 0, -1.0, "nan", "inf")],
 )
 def test_settings_that_contradict_the_tensors_are_refused(settings):
     with pytest.raises(CheckpointError, match="contradicts"):
         identify_vae(video(), settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "factor", "said"),
+    [
+        (image, 1.5305, "looks like the Stable Diffusion 3 autoencoder .* scaling_factor 1.5305, ours has 0.3611"),
+        (image, 1.0, "looks like another autoencoder .* scaling_factor 1, ours has 0.3611"),
+        (video, "1.03682", "looks like another autoencoder .* scaling_factor 1.03682, ours has 0.476986"),
+    ],
+)  # fmt: skip
+def test_published_shapes_with_another_scale_are_another_model(make, factor, said):
+    with pytest.raises(CheckpointError, match=said):
+        identify_vae(make(), settings={"scaling_factor": factor})
