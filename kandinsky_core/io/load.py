@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,24 +18,12 @@ from ..vae.layout import fit, identify_vae
 from ..variants import VAESpec, Variant
 from .checkpoint import Checkpoint, open_checkpoint
 from .identity import Identity, identify
+from .listing import some
+from .quant import FP8, is_quant_entry, scaled_weights
 from .signature import OTHER_VAE, VAE, describe, recognise
 
-FULL_SCAN_BYTES = 1_000_000_000  # files up to this size are searched for NaN and Inf completely
+FULL_SCAN_BYTES = 256_000_000  # files up to this size are searched for NaN and Inf completely
 SAMPLE = 4096  # larger files: elements looked at at both ends of every tensor
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-# Extra tensors of ComfyUI's quantised files; layers that know them (comfy.ops) take them up while loading.
-QUANT_SUFFIXES = (
-    ".comfy_quant",
-    ".weight_scale",
-    ".weight_scale_2",
-    ".scale_weight",
-    ".input_scale",
-    ".scale_input",
-)
-QUANT_NAMES = ("scaled_fp8",)
-
 
 VAES = {"hunyuan": HunyuanVideoVAE, "flux": FluxVAE}
 VAE_KEY = "kandinsky5.vae"  # safetensors metadata: JSON of VAESpec
@@ -69,7 +57,7 @@ def load_crossdit(
 
     `dtype` None keeps the dtype of every stored tensor (mixed files stay mixed); `device` None leaves the weights
     mapped from disk, so that the operating system shares and evicts them. `variant` overrides the guess of `identify`.
-    `check_finite` True searches all weights for NaN and Inf, False none, None all up to 1 GB and samples beyond.
+    `check_finite` True searches all weights for NaN and Inf, False none, None all up to 256 MB and samples beyond.
     """
     checkpoint = open_checkpoint(path)
     identity = identify(checkpoint, variant)
@@ -135,7 +123,8 @@ def fill(
     """
     names = names or {name: name for name in checkpoint.tensors}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
-    quantised = {name for name in names if name.endswith(QUANT_SUFFIXES) or name in QUANT_NAMES}
+    # Layers that know these (comfy.ops) take them up while loading.
+    quantised = {name for name in names if is_quant_entry(name)}
     if quantised and model is expected:
         raise CheckpointError(f"{checkpoint.path} holds quantised weights with scales, which only ComfyUI's layers can "
                               "compute with. Use the bf16 file, or load it inside ComfyUI.")  # fmt: skip
@@ -144,7 +133,7 @@ def fill(
         for stored, name in names.items()
         if stored not in quantised
     }
-    compare_names(checkpoint, wanted, found, quantised=bool(quantised))
+    compare_names(checkpoint, wanted, found, packed=scaled_weights(names.values()))
     whole = checkpoint.nbytes <= FULL_SCAN_BYTES if check_finite is None else check_finite
     tensors = {}
     for stored, name in names.items():
@@ -158,7 +147,13 @@ def fill(
         if stored not in quantised and not (quantised and tensor.dtype in FP8):
             tensor = tensor.to(device=device, dtype=_target_dtype(tensor, dtype, widen=model is expected))
         tensors[name] = tensor
-    outcome = model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        outcome = model.load_state_dict(tensors, strict=False, assign=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise CheckpointError(_report(checkpoint, {"refused by their layers": reasons})) from error
     if outcome.missing_keys or outcome.unexpected_keys:
         raise CheckpointError(_report(checkpoint, {
             "missing": outcome.missing_keys, "unexpected": outcome.unexpected_keys,
@@ -170,17 +165,21 @@ def compare_names(
     wanted: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     *,
-    quantised: bool,
+    packed: Collection[str] = (),
 ) -> None:
-    """Raise one `CheckpointError` with every missing, unexpected and wrongly shaped tensor."""
+    """Raise one `CheckpointError` with every missing, unexpected and wrongly shaped tensor.
+
+    The shapes of `packed` weights are left to the layers that know their format.
+    """
     differences = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys()),
-        "of another shape": [] if quantised else [
+        "of another shape": [
             f"{name} {list(found[name])} instead of {list(wanted[name])}"
-            for name in wanted.keys() & found.keys() if found[name] != wanted[name]
+            for name in sorted((wanted.keys() & found.keys()).difference(packed))
+            if found[name] != wanted[name]
         ],
-    }  # fmt: skip
+    }
     if any(differences.values()):
         raise CheckpointError(_report(checkpoint, differences))
 
@@ -223,11 +222,8 @@ def _target_dtype(tensor: Tensor, dtype: torch.dtype | None, *, widen: bool) -> 
     return torch.bfloat16 if widen and tensor.dtype in FP8 else tensor.dtype
 
 
-def _report(checkpoint: Checkpoint, differences: Mapping[str, list[str]], limit: int = 4) -> str:
+def _report(checkpoint: Checkpoint, differences: Mapping[str, list[str]]) -> str:
     lines = [f"{checkpoint.path} does not fit the model:"]
-    for what, names in differences.items():
-        if names:
-            more = f", … {len(names) - limit} more" if len(names) > limit else ""
-            lines.append(f"  {len(names)} {what}: {', '.join(names[:limit])}{more}")
+    lines += [f"  {len(names)} {what}: {some(names)}" for what, names in differences.items() if names]
     lines.append("The file is incomplete, altered or of another version; download it again.")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError, VariantError
+from comfyui_kandinsky5.kandinsky_core.io import load as load_module
 from comfyui_kandinsky5.kandinsky_core.io import (
     load_crossdit,
     load_vae,
@@ -26,10 +27,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 TINY = replace(
-    NANO_VIDEO, model_dim=64, ff_dim=96, time_dim=32, num_visual_blocks=1, in_text_dim=24, in_text_dim2=16
+    NANO_VIDEO, model_dim=64, ff_dim=256, time_dim=32, num_visual_blocks=1, in_text_dim=24, in_text_dim2=16
 )
+LONG = "visual_transformer_blocks.0.feed_forward.in_layer.weight"  # a sample does not see its middle
 TINY_ROW = replace(VARIANTS["nano_video"], spec=TINY)
 FACTS = spec_metadata(TINY_ROW)
+SCALE = {"out_layer.out_layer.scale_weight": torch.tensor(2.0)}
+
+
+class TorchOps:
+    """torch.nn as a host gives it: layers of its own choice, so quantised files are let in."""
+
+    Linear, LayerNorm, RMSNorm = nn.Linear, nn.LayerNorm, nn.RMSNorm
 
 
 @pytest.fixture
@@ -126,12 +135,27 @@ def test_the_hosts_layers_are_used_and_see_its_extra_tensors(path, tiny):
 
 
 def test_a_scale_that_no_layer_takes_is_reported(path, tiny):
-    class Host:
-        Linear, LayerNorm, RMSNorm = nn.Linear, nn.LayerNorm, nn.RMSNorm
-
-    save_checkpoint(path, {**tiny, "out_layer.out_layer.scale_weight": torch.tensor(2.0)}, FACTS)
+    save_checkpoint(path, tiny | SCALE, FACTS)
     with pytest.raises(CheckpointError, match="1 unexpected: out_layer.out_layer.scale_weight"):
-        load_crossdit(path, ops=Host)
+        load_crossdit(path, ops=TorchOps)
+
+
+def test_shapes_without_a_scale_of_their_own_are_compared_in_a_quantised_file(path, tiny):
+    wrong = "visual_transformer_blocks.0.cross_attention.to_key.weight"
+    tiny |= {wrong: torch.zeros(64, 63), "out_layer.out_layer.weight": torch.zeros(64, 32)}
+    save_checkpoint(path, tiny | SCALE, FACTS)
+    with pytest.raises(CheckpointError) as caught:
+        load_crossdit(path, ops=TorchOps)
+    assert f"  1 of another shape: {wrong} [64, 63] instead of [64, 64]\n" in str(caught.value)
+
+
+def test_a_packed_weight_its_layer_does_not_know_is_reported(path, tiny):
+    tiny["out_layer.out_layer.weight"] = torch.zeros(64, 32)
+    save_checkpoint(path, tiny | SCALE, FACTS)
+    with pytest.raises(
+        CheckpointError, match="1 refused by their layers: size mismatch for out_layer.out_layer.weight"
+    ):
+        load_crossdit(path, ops=TorchOps)
 
 
 def test_all_differences_stand_in_one_report(path, tiny):
@@ -165,13 +189,30 @@ def test_any_missing_tensor_is_named(path, tiny, data):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_broken_numbers_are_found_wherever_they_are(path, tiny, bad, dtype):
-    name = "visual_transformer_blocks.0.feed_forward.in_layer.weight"
     tiny = {key: tensor.to(dtype) for key, tensor in tiny.items()}
-    tiny[name][50, 7] = bad
+    break_middle(tiny[LONG], bad)
     save_checkpoint(path, tiny, FACTS)
-    with pytest.raises(CheckpointError, match=f"{name} contains NaN or Inf"):
+    with pytest.raises(CheckpointError, match=f"{LONG} contains NaN or Inf"):
         load_crossdit(path)
-    assert not load_crossdit(path, check_finite=False).model.get_parameter(name).isfinite().all()
+    assert not load_crossdit(path, check_finite=False).model.get_parameter(LONG).isfinite().all()
+
+
+def break_middle(weight: torch.Tensor, bad: float) -> None:
+    assert weight.numel() > 3 * SAMPLE
+    weight.view(-1)[weight.numel() // 2] = bad
+
+
+def test_beyond_the_limit_only_a_wish_searches_the_middle(path, tiny, monkeypatch):
+    break_middle(tiny[LONG], float("nan"))
+    save_checkpoint(path, tiny, FACTS)
+    limit = open_checkpoint(path).nbytes
+    monkeypatch.setattr(load_module, "FULL_SCAN_BYTES", limit)
+    with pytest.raises(CheckpointError, match=f"{LONG} contains NaN or Inf"):
+        load_crossdit(path)
+    monkeypatch.setattr(load_module, "FULL_SCAN_BYTES", limit - 1)
+    assert load_crossdit(path).model.get_parameter(LONG).isnan().any()
+    with pytest.raises(CheckpointError, match=f"{LONG} contains NaN or Inf"):
+        load_crossdit(path, check_finite=True)
 
 
 def test_large_files_are_sampled_at_both_ends():
