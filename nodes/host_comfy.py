@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
 from . import comfy_clip, comfy_model, comfy_vae
-from .host import EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
+from .host import KNOWN_FRAMES, EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
 
 SUFFIXES = (".safetensors", ".sft")
 INDEX = ".safetensors.index.json"
@@ -112,7 +113,7 @@ class ComfyHost(Host):
             comfy.samplers.sampler_object(request.sampler_name),
             request.sigmas,
             denoise_mask=request.latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(request.sigmas) - 1),
+            callback=_preview(model, request),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=request.seed,
         )
@@ -145,6 +146,16 @@ class ComfyHost(Host):
             device=comfy.model_management.intermediate_device(),
             dtype=comfy.model_management.intermediate_dtype(),
         )
+
+
+def _preview(model: Any, request: SampleRequest) -> Callable[[int, Tensor, Tensor, int], None]:
+    """Return core's step callback, shown the sampled frames: it draws the first one it gets, and a known frame's
+    estimate means nothing."""
+    callback = latent_preview.prepare_callback(model, len(request.sigmas) - 1)
+    known = request.positive[0][1].get(KNOWN_FRAMES)
+    if known is None or known.shape[2] >= request.latent["samples"].shape[2]:
+        return callback
+    return lambda step, x0, x, total: callback(step, x0[:, :, known.shape[2] :], x, total)
 
 
 def _parent(name: str) -> str:
