@@ -126,6 +126,12 @@ class CrossDiT(nn.Module):
         or one per visual block.
         """
         token_thw = self.token_grid(x_BTHWC)
+        batches = [len(given) for given in (x_BTHWC, text_BLD, pooled_BP, time_B)]
+        if len(set(batches)) > 1:
+            raise ShapeError(
+                "Latent, text, pooled text and time have batch sizes {}, {}, {}, {}; all must be the same. "
+                "Expand the text to the latent's.".format(*batches)
+            )
         attend_text = masked(text_mask_BL)
         time_BE = self.embed_time(time_B, pooled_BP)
         text_BLD = self.refine_text(text_BLD, time_BE, attend_text)

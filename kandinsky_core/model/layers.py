@@ -22,9 +22,10 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-PIECE_BYTES = (
-    1 << 18
-)  # a float32 piece of activations: the half dozen temporaries of a step fit in a core's cache
+# A float32 piece of activations: on a CPU the half dozen temporaries of a step fit in a core's cache; elsewhere every
+# piece is a kernel launch, so only what would weigh on the device's memory is cut.
+PIECE_BYTES = 1 << 18
+DEVICE_PIECE_BYTES = 1 << 26
 # A hidden piece: larger blocks go back to the system when freed, and every use faults them in anew.
 HIDDEN_PIECE_BYTES = 1 << 25
 MAX_HIDDEN_PIECES = 4  # a host that streams weights streams them once per piece
@@ -39,8 +40,8 @@ class Ops(Protocol):
 
 
 def piece_tokens(x_BND: Tensor) -> int:
-    """Return how many tokens of `x_BND` to treat at once: what a CPU cache holds in float32, else an eighth."""
-    return max(1, PIECE_BYTES // (4 * x_BND.shape[2]) if x_BND.is_cpu else x_BND.shape[1] // 8)
+    """Return how many tokens of `x_BND` to treat at once."""
+    return max(1, (PIECE_BYTES if x_BND.is_cpu else DEVICE_PIECE_BYTES) // (4 * x_BND.shape[2]))
 
 
 def traced() -> bool:
