@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
+from ..io.listing import some
+from ..io.quant import FP8, is_quant_entry
 from ..io.signature import describe
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors names of what can be a plain weight
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older and newer name of one fp8 weight's scale
-QUANTISATION_KEYS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|weight_scale|scale_input|input_scale)$")
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ def tower_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     for name in checkpoint.tensors:
         if match := layout.tower.match(name):
             found[match["name"]] = name
-        elif not layout.ignored.match(name) and not QUANTISATION_KEYS.search(name):
+        elif not layout.ignored.match(name) and not is_quant_entry(name):
             unexpected.append(name)
     if not any(name.endswith(".weight") for name in found):
         raise CheckpointError(f"{checkpoint.path} is not {layout.title}. {looks_like(checkpoint)}")
     if unexpected:
         raise CheckpointError(
             f"{checkpoint.path} is not {layout.title} alone: {len(unexpected)} tensors do not belong to it "
-            f"({_some(unexpected)}). {looks_like(checkpoint)}"
+            f"({some(unexpected)}). {looks_like(checkpoint)}"
         )
     return found
 
@@ -81,7 +81,7 @@ def assign(tower: nn.Module, checkpoint: Checkpoint, layout: Layout, dtype: torc
     Only what must change its dtype is copied, one tensor at a time. `dtype` None keeps what is stored (fp8 becomes
     bfloat16). Missing, unexpected and wrong shapes raise one `CheckpointError` before any data is read.
     """
-    names = {name: source for name, source in tower_names(checkpoint, layout).items() if not _is_scale(name)}
+    names = {name: source for name, source in tower_names(checkpoint, layout).items() if not is_quant_entry(name)}
     expected = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     names = _with_prefix_of(expected, names)
     problems = [
@@ -123,10 +123,6 @@ def read(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> Tensor
     return values.to(dtype or torch.bfloat16)
 
 
-def _is_scale(name: str) -> bool:
-    return QUANTISATION_KEYS.search(name) is not None
-
-
 def _with_prefix_of(expected: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
     """Names as this version of transformers has them: older ones keep CLIP's tower under `text_model.`."""
     prefix = "text_model." if all(name.startswith("text_model.") for name in expected) else ""
@@ -159,7 +155,7 @@ def _check_formats(checkpoint: Checkpoint, sources: Iterable[str]) -> None:
     if unscaled:
         raise CheckpointError(
             f"{checkpoint.path} is marked as scaled fp8, but {len(unscaled)} fp8 weights have no scale: "
-            f"{_some(unscaled)}. The file is incomplete or altered; download it again."
+            f"{some(unscaled)}. The file is incomplete or altered; download it again."
         )
 
 
@@ -189,9 +185,4 @@ def _require_object(found: object, place: str) -> dict[str, object]:
 
 
 def _listing(title: str, entries: list[str]) -> list[str]:
-    return [f"{len(entries)} {title}: {_some(entries)}"] if entries else []
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    return [f"{len(entries)} {title}: {some(entries)}"] if entries else []
