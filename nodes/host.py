@@ -131,6 +131,10 @@ class Host(ABC):
         """Return the integration methods `sample` offers; "euler" is always among them."""
         return ["euler"]
 
+    def variant_note(self, model: Any) -> str:  # noqa: ARG002
+        """Return what a user should know about how `variant_of` was answered, "" when the row is certain."""
+        return ""
+
     def shift_of(self, model: Any) -> float | None:  # noqa: ARG002
         """Return the schedule shift another node set on this MODEL, None when the variant's preset holds."""
         return None
