@@ -99,7 +99,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
         latent=latent or Link(add("K5EmptyLatent", batch_size=1, **size), 0),
         seed=wish.seed,
         steps=wish.steps or 0,
-        guidance=-1.0 if wish.guidance is None else wish.guidance,
+        cfg=-1.0 if wish.guidance is None else wish.guidance,
         shift=wish.shift or 0.0,
         sampler_name="euler",
         first_frame="auto",

@@ -101,7 +101,7 @@ class K5EncodeText(io.ComfyNode):
             )
         )
         return io.NodeOutput(
-            positive.conditioning, negative.conditioning, f"template: {template}\n{report}" + _notes(positive)
+            positive.conditioning, negative.conditioning, f"template: {template}\n{report}" + _notes(positive, negative)
         )
 
 
@@ -124,8 +124,8 @@ def _text_report(name: str, text: str, encoded: EncodedText, limit: int) -> str:
     return line
 
 
-def _notes(encoded: EncodedText) -> str:
-    return f"\n{encoded.note}" if encoded.note else ""
+def _notes(*encoded: EncodedText) -> str:
+    return "".join(f"\n{note}" for note in dict.fromkeys(text.note for text in encoded) if note)
 
 
 class K5ImageToVideo(io.ComfyNode):
@@ -159,6 +159,7 @@ class K5ImageToVideo(io.ComfyNode):
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
                 io.Latent.Output(display_name="latent", tooltip="Empty clip of the chosen size."),
+                io.String.Output(display_name="report", tooltip="How the start image was fitted."),
             ],
         )
 
@@ -183,10 +184,8 @@ class K5ImageToVideo(io.ComfyNode):
         """Encode the start and write it into both conditionings, under the keys core's sampler reads too."""
         shape = VideoShape(width_px=width, height_px=height, frames=length)
         facts = host().vae_facts(vae)
-        if facts is not None and facts.kind != "hunyuan":
-            raise KandinskyError(
-                "Image to video needs the HunyuanVideo autoencoder; this VAE is an image one."
-            )
+        if facts is None or facts.kind != "hunyuan":
+            raise KandinskyError("Image to video needs the HunyuanVideo autoencoder; this VAE is another one.")
         t, h, w = shape.latent_thw
         frames = min(len(start_image), length)
         start_THWC = fit_image(start_image[: frames - (frames - 1) % 4], width, height, fit)
@@ -198,7 +197,16 @@ class K5ImageToVideo(io.ComfyNode):
             with_values(positive, values),
             with_values(negative, values),
             {"samples": host().zeros((batch_size, 16, t, h, w))},
+            _start_report(start_image, start_THWC, fit),
         )
+
+
+def _start_report(given_THWC: Tensor, used_THWC: Tensor, fit: str) -> str:
+    """Say what became of the start image."""
+    (frames, rows, columns), (kept, height, width) = given_THWC.shape[:3], used_THWC.shape[:3]
+    fitted = "" if (rows, columns) == (height, width) else f", {fit} from {columns} × {rows}"
+    cut = f"; {kept} of {frames} frames used" if kept != frames else ""
+    return f"start: {kept} frame(s) of {width} × {height}{fitted}{cut}"
 
 
 def with_values(conditioning: Conditioning, values: dict[str, Any]) -> Conditioning:

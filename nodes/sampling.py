@@ -13,10 +13,12 @@ from ..kandinsky_core.sampling import Known, keep_known, normalise_first_frames,
 from ..kandinsky_core.sampling.conditioning import NORM_FRAMES
 from ..kandinsky_core.variants import Variant
 from .comfy_io import io
-from .host import KNOWN_FRAMES, Conditioning, Latent, SampleRequest, host
+from .conditioning import with_values
+from .host import KNOWN_FRAMES, KNOWN_MASK, Conditioning, Latent, SampleRequest, host
 
 CATEGORY = "Kandinsky 5/sampling"
 AUTO, ON, OFF = "auto", "on", "off"
+AS_RELEASED = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,14 @@ class K5Sample(io.ComfyNode):
                     tooltip="0: as released (50; 16 for distilled weights). Fewer is faster.",
                 ),
                 io.Float.Input(
-                    "guidance",
+                    "cfg",
                     default=-1.0,
                     min=-1.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the prompt counts. -1: as released (5 video, 3.5 image, 1 distilled). "
-                    "At 1 the negative prompt is not used and a step takes half the time.",
+                    tooltip="Guidance: how strongly the prompt counts. -1: as released (5 video, 3.5 image, "
+                    "1 distilled). At 1 the negative prompt is not used and a step takes half the time.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -120,7 +122,7 @@ class K5Sample(io.ComfyNode):
         latent: Latent,
         seed: int,
         steps: int,
-        guidance: float,
+        cfg: float,
         shift: float,
         sampler_name: str,
         first_frame: str,
@@ -132,10 +134,12 @@ class K5Sample(io.ComfyNode):
             raise KandinskyError(
                 "The connected model is not a Kandinsky 5 one. Use the Kandinsky 5 Model Loader or core's loader."
             )
-        _check_text(positive, row)
+        for name, prompt in (("positive", positive), ("negative", negative)):
+            _check_text(name, prompt, row)
         latent = _checked_latent(latent, row)
         known = known_frames(positive, row, latent["samples"])
-        settings = _settings(model, row, steps, guidance, shift, denoise)
+        negative = _same_start(positive, negative, row)
+        settings = _settings(model, row, steps, cfg, shift, denoise)
         request = SampleRequest(
             positive=positive,
             negative=None if abs(settings.guidance - 1) <= 1e-6 else negative,
@@ -146,31 +150,44 @@ class K5Sample(io.ComfyNode):
             sampler_name=sampler_name,
         )
         samples = host().sample(model, request)
-        normalised = _wants_normalisation(first_frame, row, known)
+        normalises = _wants_normalisation(first_frame, row, known)
         if known is not None:
-            samples = _finish_start(samples, known, row.vae.scaling_factor, normalised)
+            samples = _finish_start(samples, known, row.vae.scaling_factor, normalises)
         if not bool(torch.isfinite(samples).all()):
             raise KandinskyError(
                 "The sampler returned NaN: the weights are damaged or overflow in this precision. "
                 "Set dtype to bf16 or fp32 in the Model Loader."
             )
-        return io.NodeOutput(
-            {**latent, "samples": samples}, _report(row, settings, sampler_name, seed, known, normalised)
+        report = (
+            _report(row, settings, sampler_name, seed),
+            _start_report(samples, known, normalises),
+            host().variant_note(model),
         )
+        return io.NodeOutput({**latent, "samples": samples}, "\n".join(filter(None, report)))
 
 
-def _check_text(positive: Conditioning, row: Variant) -> None:
+def _check_text(name: str, prompt: Conditioning, row: Variant) -> None:
     """Refuse features of another text encoder before anything runs; a missing CLIP vector is one, too."""
-    features, extras = positive[0]
-    pooled = extras.get("pooled_output")
-    given = (features.shape[-1], None if pooled is None else pooled.shape[-1])
     wanted = (row.spec.in_text_dim, row.spec.in_text_dim2)
-    if given != wanted:
+    for features, extras in prompt:
+        pooled = extras.get("pooled_output")
+        given = (features.shape[-1], None if pooled is None else pooled.shape[-1])
+        if given != wanted:
+            raise ShapeError(
+                f"{row.title} takes text features {wanted[0]} wide and a pooled vector of {wanted[1]}; the {name} "
+                f"prompt brings {given[0]} and {given[1] or 'none'}. Load the text encoders that belong to this "
+                "model: " + ("Qwen2.5-VL 7B and CLIP ViT-L/14." if row.repo else "the built-in ones.")
+            )
+
+
+def _same_start(positive: Conditioning, negative: Conditioning, row: Variant) -> Conditioning:
+    """Return the negative prompt with the positive one's start image: both passes must see the same clip."""
+    start = {key: positive[0][1][key] for key in (KNOWN_FRAMES, KNOWN_MASK) if key in positive[0][1]}
+    if not start and KNOWN_FRAMES in negative[0][1]:
         raise ShapeError(
-            f"{row.title} takes text features {wanted[0]} wide and a pooled vector of {wanted[1]}; the prompt brings "
-            f"{given[0]} and {given[1] or 'none'}. Load the text encoders that belong to this model: "
-            + ("Qwen2.5-VL 7B and CLIP ViT-L/14." if row.repo else "the built-in ones.")
+            f"{row.title}: only the negative prompt has a start image. Connect both prompts of the Image to Video node."
         )
+    return with_values(negative, start)
 
 
 def _checked_latent(latent: Latent, row: Variant) -> Latent:
@@ -206,11 +223,13 @@ def known_frames(positive: Conditioning, row: Variant, samples: Tensor) -> Tenso
 
 
 def _settings(
-    model: Any, row: Variant, steps: int, guidance: float, shift: float, denoise: float
+    model: Any, row: Variant, steps: int, cfg: float, shift: float, denoise: float
 ) -> Settings:
+    if cfg < 0 and cfg != AS_RELEASED:
+        raise KandinskyError(f"cfg {cfg:g} is below 0. Use {AS_RELEASED} for the released value, or 0 and above.")
     return Settings(
         steps=steps or row.steps,
-        guidance=row.guidance if guidance < 0 else guidance,
+        guidance=row.guidance if cfg == AS_RELEASED else cfg,
         shift=shift or host().shift_of(model) or row.shift,
         denoise=denoise,
     )
@@ -220,22 +239,26 @@ def _wants_normalisation(first_frame: str, row: Variant, known: Tensor | None) -
     return known is not None and (first_frame == ON or (first_frame == AUTO and row.first_frame_norm))
 
 
-def _finish_start(samples_BCTHW: Tensor, known_BCTHW: Tensor, scale: float, normalised: bool) -> Tensor:
+def _finish_start(samples_BCTHW: Tensor, known_BCTHW: Tensor, scale: float, normalises: bool) -> Tensor:
     """Put the clean frames back and normalise in model units (the constants are meant for scaled latents)."""
     scaled = keep_known(samples_BCTHW, Known(frames_BCTHW=known_BCTHW)) * scale
-    return (normalise_first_frames(scaled) if normalised else scaled) / scale
+    return (normalise_first_frames(scaled) if normalises else scaled) / scale
 
 
-def _report(
-    row: Variant, settings: Settings, sampler_name: str, seed: int, known: Tensor | None, normalised: bool
-) -> str:
+def _report(row: Variant, settings: Settings, sampler_name: str, seed: int) -> str:
     line = (
         f"{row.title}: {settings.steps} steps, guidance {settings.guidance:g}, shift {settings.shift:g}, "
         f"{sampler_name}, seed {seed}"
     )
-    if settings.denoise < 1:
-        line += f", denoise {settings.denoise:g}"
-    if known is not None:
-        line += f"; starts with {known.shape[2]} given latent frame(s)"
-        line += f", first {NORM_FRAMES} normalised" if normalised else ""
+    return line + (f", denoise {settings.denoise:g}" if settings.denoise < 1 else "")
+
+
+def _start_report(samples_BCTHW: Tensor, known_BCTHW: Tensor | None, normalises: bool) -> str:
+    if known_BCTHW is None:
+        return ""
+    line = f"starts with {known_BCTHW.shape[2]} given latent frame(s)"
+    if normalises and samples_BCTHW.shape[2] > NORM_FRAMES:
+        return f"{line}, first {NORM_FRAMES} normalised"
+    if normalises:
+        return f"{line}, not normalised: that takes more than {NORM_FRAMES} latent frames"
     return line

@@ -17,16 +17,12 @@ MAX_FRAMES = 4097
 MAX_BATCH = 64
 
 
-def _label(height: int, width: int, kind: str) -> str:
+def _label(height: int, width: int) -> str:
     divisor = gcd(width, height)
-    return f"{width} × {height} ({width // divisor}:{height // divisor}, {kind})"
+    return f"{width}x{height} ({width // divisor}:{height // divisor})"
 
 
-SIZES = {
-    CUSTOM: None,
-    **{_label(h, w, "SD video"): (w, h) for h, w in SIZES_512},
-    **{_label(h, w, "HD video, images"): (w, h) for h, w in SIZES_1024},
-}
+SIZES = {CUSTOM: None, **{_label(h, w): (w, h) for h, w in (*SIZES_512, *SIZES_1024)}}
 
 
 class K5Size(io.ComfyNode):
@@ -45,8 +41,9 @@ class K5Size(io.ComfyNode):
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
-                    default=_label(*SIZES_512[1], "SD video"),
-                    tooltip="A size the models were trained on, or 'custom' for the width and height below.",
+                    default=_label(*SIZES_512[1]),
+                    tooltip="A size the models were trained on (sides up to 768: SD video; others: HD video and "
+                    "images), or 'custom' for the width and height below.",
                 ),
                 io.Int.Input(
                     "width",
@@ -118,6 +115,8 @@ class K5Size(io.ComfyNode):
         wanted_w, wanted_h = SIZES[size] or (width, height)
         wanted_frames = round(seconds * fps) + 1 if seconds > 0 else length
         shape = VideoShape.nearest(wanted_w, wanted_h, wanted_frames, int(multiple))
+        if (message := size_message(shape.width_px, shape.height_px, shape.frames)) is not True:
+            raise ShapeError(message)
         return io.NodeOutput(
             shape.width_px,
             shape.height_px,
@@ -162,6 +161,8 @@ class K5EmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, width: int, height: int, length: int, batch_size: int) -> io.NodeOutput:
         """Make the zeros."""
+        if (message := size_message(width, height, length)) is not True:
+            raise ShapeError(message)
         t, h, w = VideoShape(width_px=width, height_px=height, frames=length).latent_thw
         shape = (batch_size, 16, h, w) if length == 1 else (batch_size, 16, t, h, w)
         return io.NodeOutput({"samples": host().zeros(shape)})

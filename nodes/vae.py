@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kandinsky_core.errors import ShapeError
+from ..kandinsky_core.errors import KandinskyError, ShapeError
 from ..kandinsky_core.shapes import MULTIPLE_PX, VAE_TEMPORAL, snap_frames, snap_side
 from .comfy_io import io
 from .host import Latent, host
@@ -38,8 +38,11 @@ class K5VAEEncode(io.ComfyNode):
         """Encode, refusing sizes that would be cut silently."""
         frames, rows, columns = image.shape[:3]
         facts = host().vae_facts(vae)
-        is_video = facts is None or facts.kind == "hunyuan"
-        if is_video and (frames - 1) % VAE_TEMPORAL:
+        if facts is None:
+            raise KandinskyError(
+                "This VAE is neither HunyuanVideo's nor FLUX's. Use the Kandinsky 5 VAE Loader, or core's VAE Encode."
+            )
+        if facts.kind == "hunyuan" and (frames - 1) % VAE_TEMPORAL:
             raise ShapeError(
                 f"{frames} frames: a clip needs 4n+1 (1, 5, 9, …). Use {snap_frames(frames)} or cut the rest."
             )

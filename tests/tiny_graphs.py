@@ -35,7 +35,7 @@ def loaders(model: str = tiny.VIDEO, vae: str = tiny.VIDEO_VAE) -> Graph:
 def sampler(start: str = "text", latent: tuple[str, int] = ("empty", 0), **changes: Any) -> dict[str, Any]:
     """Our sampler on the conditioning of node `start`."""
     settings = {
-        "seed": 7, "steps": 4, "guidance": -1.0, "shift": 0.0, "sampler_name": "euler", "first_frame": "auto",
+        "seed": 7, "steps": 4, "cfg": -1.0, "shift": 0.0, "sampler_name": "euler", "first_frame": "auto",
         "denoise": 1.0,
     }  # fmt: skip
     return node(

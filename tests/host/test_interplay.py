@@ -35,7 +35,7 @@ def test_text_to_video_gives_a_clip(saved):
 
 
 def test_core_sampler_and_decoder_on_our_objects(saved):
-    ours = saved(text_to_video(shift=10.0, guidance=5.0) | EVERYTHING)
+    ours = saved(text_to_video(shift=10.0, cfg=5.0) | EVERYTHING)
     core = text_to_video() | EVERYTHING | {
         "sample": core_sampler(),
         "decode": node("VAEDecode", vae=["vae", 0], samples=["sample", 0]),
@@ -49,7 +49,7 @@ def test_core_sampler_and_decoder_on_our_objects(saved):
 
 
 def test_core_sampler_reads_our_start_image(saved):
-    graph = image_to_video(["picture", 0], shift=10.0, guidance=5.0) | PICTURE
+    graph = image_to_video(["picture", 0], shift=10.0, cfg=5.0) | PICTURE
     ours = saved(graph | {"save": save(latent=["sample", 0], conditioning=["start", 0])})
     settings = graph["sample"]["inputs"]
     graph["sample"] = core_sampler() | {"inputs": core_sampler()["inputs"] | {
@@ -81,7 +81,7 @@ def test_text_to_image_gives_a_picture(saved):
 
 def test_our_sampler_on_cores_loader(saved):
     """Core's network rounds positions to 16 bits in half precision; here everything is float32."""
-    graph = text_to_video(shift=5.0, steps=2, guidance=1.0)
+    graph = text_to_video(shift=5.0, steps=2, cfg=1.0)
     ours = saved(graph | {"save": save(latent=["sample", 0])})
     graph["model"] = node("UNETLoader", unet_name=tiny.VIDEO, weight_dtype="default")
     core = saved(graph | {"save": save(latent=["sample", 0])})

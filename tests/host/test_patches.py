@@ -39,7 +39,7 @@ def test_wrappers_blocks_and_attention_are_called_and_neutral(server, saved):
 
 
 def test_context_windows_pin_the_start_image_in_its_own_window_only(server):
-    graph = image_to_video(["picture", 0], length=41, steps=1, guidance=1.0) | PICTURE
+    graph = image_to_video(["picture", 0], length=41, steps=1, cfg=1.0) | PICTURE
     graph["windows"] = node(
         "ContextWindowsManual", model=["model", 0], context_length=5, context_overlap=1,
         context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
@@ -54,7 +54,7 @@ def test_context_windows_pin_the_start_image_in_its_own_window_only(server):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
 def test_narrow_weights_give_nearly_the_same(saved, dtype):
-    graph = text_to_video(steps=1, guidance=1.0) | {"save": save(latent=["sample", 0])}
+    graph = text_to_video(steps=1, cfg=1.0) | {"save": save(latent=["sample", 0])}
     exact = saved(graph)["latent"]
     graph["model"]["inputs"]["dtype"] = dtype
     narrow = saved(graph)["latent"]
@@ -65,7 +65,7 @@ def test_narrow_weights_give_nearly_the_same(saved, dtype):
 @pytest.mark.parametrize("layout", ["scale_weight", "comfy_quant"])
 def test_scaled_fp8_files_give_nearly_the_same(server, saved, layout):
     """ComfyUI's older and newer form of fp8 weights with a scale each."""
-    graph = text_to_video(steps=1, guidance=1.0) | {"save": save(latent=["sample", 0])}
+    graph = text_to_video(steps=1, cfg=1.0) | {"save": save(latent=["sample", 0])}
     exact = saved(graph)["latent"]
     folder = server.base / "models" / "diffusion_models"
     tensors = {}
@@ -118,7 +118,7 @@ def test_cache_and_rope_nodes_run_on_our_model(server):
 
 def test_preset_positions_equal_the_scale_node(saved):
     """The variant's position scale is (1, 2, 2); core's node multiplies positions instead of dividing them."""
-    graph = text_to_video(steps=1, guidance=1.0) | {"save": save(latent=["sample", 0])}
+    graph = text_to_video(steps=1, cfg=1.0) | {"save": save(latent=["sample", 0])}
     preset = saved(graph)["latent"]
     graph["rope"] = node(
         "ScaleROPE",
@@ -142,7 +142,7 @@ def test_part_of_a_latent_is_kept_by_denoise_and_mask(saved):
         **graph["sample"],
         "inputs": {**graph["sample"]["inputs"], "latent": ["sample", 0], "seed": 1},
     }
-    graph["again"]["inputs"] |= {"denoise": 0.2, "guidance": 1.0}
+    graph["again"]["inputs"] |= {"denoise": 0.2, "cfg": 1.0}
     first = saved(graph | {"save": save(latent=["sample", 0])})["latent"]
     near = saved(graph)["latent"]
     graph["again"]["inputs"]["denoise"] = 1.0

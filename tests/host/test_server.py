@@ -131,7 +131,7 @@ def test_same_graph_again_runs_nothing_twice(server):
 
 
 def test_reports_say_what_was_used(server):
-    graph = text_to_video(guidance=-1.0, steps=2) | {
+    graph = text_to_video(cfg=-1.0, steps=2) | {
         "a": node("PreviewAny", source=["model", 1]),
         "b": node("PreviewAny", source=["text", 2]),
         "c": node("PreviewAny", source=["sample", 1]),

@@ -68,7 +68,7 @@ SAVE = {"save": save(latent=["sample", 0], image=["decode", 0])}
     "graph",
     [
         text_to_video(),
-        text_to_video(batch=2, guidance=1.0, shift=3.0),
+        text_to_video(batch=2, cfg=1.0, shift=3.0),
         text_to_image(),
     ],
     ids=["text to video", "two clips without guidance", "text to image"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core import nano
@@ -12,7 +11,6 @@ from comfyui_kandinsky5.kandinsky_core.variants import NANO_VAE
 from comfyui_kandinsky5.nodes.preview import NANO_BIAS, NANO_FACTORS
 
 
-@pytest.mark.skipif(not nano.files()["vae"].exists(), reason="the nano weights are not built yet")
 def test_nano_preview_shows_the_clips_colours():
     vae, spec = load_vae(nano.files()["vae"], dtype=torch.float32)
     assert spec == NANO_VAE

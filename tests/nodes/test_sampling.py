@@ -25,6 +25,9 @@ class Recorder:
     def variant_of(self, _model):
         return self.row
 
+    def variant_note(self, _model):
+        return ""
+
     def shift_of(self, _model):
         return self.shift
 
@@ -38,15 +41,15 @@ class Recorder:
 def sample(monkeypatch):
     """Run the node on a variant; returns (host, latent, report)."""
 
-    def run(name, latent, positive=TEXT, *, shift_node=None, damage=False, **changes):
+    def run(name, latent, positive=TEXT, *, negative=TEXT, shift_node=None, damage=False, **changes):
         recorder = Recorder(name and VARIANTS[name], shift_node, damage)
         monkeypatch.setattr(sampling, "host", lambda: recorder)
         settings = {
-            "seed": 5, "steps": 0, "guidance": -1.0, "shift": 0.0, "sampler_name": "euler", "first_frame": "auto",
+            "seed": 5, "steps": 0, "cfg": -1.0, "shift": 0.0, "sampler_name": "euler", "first_frame": "auto",
             "denoise": 1.0,
         }  # fmt: skip
         out = K5Sample.execute(
-            object(), positive, TEXT, {"samples": latent, "tag": 1}, **(settings | changes)
+            object(), positive, negative, {"samples": latent, "tag": 1}, **(settings | changes)
         )
         return recorder, *out.args
 
@@ -72,7 +75,7 @@ def test_distilled_weights_run_short_and_without_the_negative_prompt(sample):
 
 
 def test_own_settings_win_and_a_shift_node_before_the_preset(sample):
-    host, _, report = sample("lite_t2v_5s_sft", clip(), steps=4, guidance=2.5, shift=7.0, shift_node=3.0)
+    host, _, report = sample("lite_t2v_5s_sft", clip(), steps=4, cfg=2.5, shift=7.0, shift_node=3.0)
     assert len(host.request.sigmas) == 5 and host.request.guidance == 2.5 and "shift 7" in report
     assert "shift 3" in sample("lite_t2v_5s_sft", clip(), shift_node=3.0)[2]
     host, _, report = sample("lite_t2v_5s_sft", clip(), steps=4, denoise=0.5)
@@ -93,6 +96,35 @@ def test_start_image_is_put_back_and_normalised_in_model_units(sample):
     assert_close(latent["samples"], normalise_first_frames(plain["samples"] * scale) / scale)
     assert "normalised" in report and "1 given latent frame" in report
     assert latent["tag"] == 1
+
+
+def test_both_passes_see_the_start_image(sample):
+    """Wiring the text node's negative straight into the sampler is common and must not change the task."""
+    known, positive = start_image()
+    host, _, _ = sample("lite_i2v_5s", clip(), positive)
+    assert host.request.negative[0][1][KNOWN_FRAMES] is known
+
+
+def test_a_start_image_on_the_negative_alone_is_refused(sample):
+    with pytest.raises(ShapeError, match="only the negative prompt has a start image"):
+        sample("lite_i2v_5s", clip(), negative=start_image()[1])
+
+
+def test_the_report_does_not_claim_a_normalisation_that_cannot_happen(sample):
+    _, positive = start_image()
+    _, latent, report = sample("lite_i2v_5s", clip(4), positive, first_frame="on")
+    assert "not normalised" in report
+    assert_close(latent["samples"][:, :, :1], start_image()[0])
+
+
+def test_a_guessed_variant_is_said(sample, monkeypatch):
+    monkeypatch.setattr(Recorder, "variant_note", lambda self, model: "guessed")
+    assert "guessed" in sample("lite_t2v_5s_sft", clip())[2]
+
+
+def test_negative_guidance_is_refused(sample):
+    with pytest.raises(KandinskyError, match="below 0"):
+        sample("lite_t2v_5s_sft", clip(), cfg=-0.5)
 
 
 def test_normalisation_follows_the_variant_unless_chosen(sample):
