@@ -24,6 +24,7 @@ from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoi
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
 from ..kandinsky_core.text import load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
+from ..kandinsky_core.text.encoder import TextFeatures
 from ..kandinsky_core.variants import Variant
 from .host import (
     KNOWN_FRAMES,
@@ -42,6 +43,10 @@ MODELS_VARIABLE = "KANDINSKY5_MODELS"
 WEIGHTS_SUFFIX = ".safetensors"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
+ONLY_IN_COMFYUI = {  # keys of a latent that change the result there, and what to do without them
+    "noise_mask": "take the mask off the latent",
+    "batch_index": "leave out the node that picks from a batch",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -204,7 +209,9 @@ class StandaloneHost(Host):
         return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)
 
     # -- work -------------------------------------------------------------------------------------------------
+    # Without gradients also when a script calls these directly: a kept graph would hold all activations.
 
+    @torch.no_grad()
     def encode_text(self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
         """Encode one prompt with the released template."""
         options = {"tokenizer_path": clip.tokenizer, "dtype": clip.dtype}
@@ -218,14 +225,21 @@ class StandaloneHost(Host):
         )
         self._record(prompts=[*self.facts.get(self.running.node, {}).get("prompts", ()), prompt])
         conditioning = [[text.features_LD[None].float().cpu(), {"pooled_output": text.pooled_P[None].float().cpu()}]]
-        return EncodedText(conditioning, text.tokens, text.dropped)
+        return EncodedText(conditioning, text.tokens, text.dropped, _clip_note(text))
 
+    @torch.no_grad()
     def sample(self, model: ModelHandle, request: SampleRequest) -> Tensor:
         """Run the core's flow-matching loop."""
         if request.sampler_name != "euler":
             raise BackendUnavailable(
                 f"Sampler '{request.sampler_name}' works inside ComfyUI only. Outside it use 'euler'."
             )
+        for key, remedy in ONLY_IN_COMFYUI.items():
+            if request.latent.get(key) is not None:
+                raise BackendUnavailable(
+                    f"The latent carries '{key}', which the sampler outside ComfyUI does not read. "
+                    f"Run this in ComfyUI, or {remedy}."
+                )
         row = model.variant
         transformer = self._load(model, lambda: load_crossdit(
             model.path, variant=row.name, dtype=model.dtype, device=self.device
@@ -265,14 +279,18 @@ class StandaloneHost(Host):
             return Known()
         return Known(frames_BCTHW=frames_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor)
 
+    @torch.no_grad()
     def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:
         """Encode to the mean of the posterior, so that the same picture gives the same latents."""
         pixels_TCHW = (image_THWC[..., :3].movedim(-1, 1) * 2 - 1).to(self.device, vae.dtype)
         pixels = pixels_TCHW if vae.kind == "flux" else pixels_TCHW.movedim(0, 1)[None]
         return self._autoencoder(vae).encode(pixels, on_tile=self._show).mode().float().cpu()
 
+    @torch.no_grad()
     def vae_decode(self, vae: VAEHandle, samples: Tensor) -> Tensor:
-        """Decode clip after clip and join their frames."""
+        """Decode clip after clip and join their frames; a picture is a clip of one frame to a video autoencoder."""
+        if vae.kind == "hunyuan" and samples.ndim == 4:
+            samples = samples.unsqueeze(2)
         autoencoder = self._autoencoder(vae)
         frames = []
         for clip in samples.split(1):
@@ -329,6 +347,13 @@ def _version() -> str:
 def _in_model_folder(path: Path, root: Path) -> bool:
     """Whether a weights file is a part of a model folder, which is listed by its own name."""
     return path.parent != root and (path.parent / "config.json").exists()
+
+
+def _clip_note(text: TextFeatures) -> str:
+    if not text.clip_dropped:
+        return ""
+    note = f"CLIP keeps {text.clip_tokens} tokens of the prompt and drops {text.clip_dropped}"
+    return note if text.dropped else f"{note}; Qwen reads the whole prompt"
 
 
 def _text(conditioning: Conditioning) -> TextCondition:

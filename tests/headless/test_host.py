@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -88,6 +89,57 @@ def test_a_prompt_seen_before_needs_no_encoder(host, clip):
     again = host.encode_text(clip, "a", template="video", max_tokens=16)
     assert host._resident is None
     assert torch.equal(first.conditioning[0][0], again.conditioning[0][0])
+
+
+def test_what_clip_cuts_off_is_told_each_time(host, clip):
+    def note(prompt, limit=256):
+        return host.encode_text(clip, prompt, template="video", max_tokens=limit).note
+
+    words = "word " * 80
+    assert note("a") == ""
+    told = note("z" * 90)
+    assert re.fullmatch(r"CLIP keeps 77 tokens of the prompt and drops \d+; Qwen reads the whole prompt", told)
+    host._resident = None
+    assert note("z" * 90) == told and host._resident is None  # from the cache
+    assert "Qwen" not in note(words, limit=16)  # it was cut there, too
+
+
+@pytest.fixture
+def video_model(host, models):
+    return host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="auto").model
+
+
+def request(text, **latent):
+    return SampleRequest(
+        positive=text, negative=None, latent={"samples": torch.zeros(1, 16, 2, 4, 4), **latent}, seed=0,
+        sigmas=torch.tensor([1.0, 0.0]), guidance=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "latent", [{"noise_mask": torch.ones(1, 1, 32, 32)}, {"batch_index": [3]}], ids=["noise_mask", "batch_index"]
+)
+def test_what_only_comfyui_samples_is_refused_before_loading(host, video_model, latent):
+    with pytest.raises(BackendUnavailable, match=f"'{next(iter(latent))}'.*Run this in ComfyUI, or"):
+        host.sample(video_model, request([], **latent))
+    assert host._resident is None
+
+
+def test_a_picture_is_a_clip_of_one_frame_to_a_video_autoencoder(host, models):
+    vae = host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="auto")
+    latents_BCHW = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    pictures = host.vae_decode(vae, latents_BCHW)
+    assert pictures.shape == (2, 32, 32, 3)
+    assert torch.equal(pictures, host.vae_decode(vae, latents_BCHW.unsqueeze(2)))
+
+
+def test_a_script_gets_results_without_gradients(host, models, clip, video_model):
+    with torch.enable_grad():
+        text = host.encode_text(clip, "a", template="video", max_tokens=16).conditioning
+        sampled = host.sample(video_model, request(text))
+        vae = host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="auto")
+        results = [text[0][0], sampled, host.vae_encode(vae, torch.zeros(1, 32, 32, 3)), host.vae_decode(vae, sampled)]
+    assert [tensor.requires_grad for tensor in results] == [False] * 4
 
 
 def test_precision_follows_the_device_unless_chosen(host, models):
