@@ -12,9 +12,8 @@ import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, attention, layers
 from comfyui_kandinsky5.kandinsky_core.variants import CrossDiTSpec
+from diffusers.models.transformers import transformer_kandinsky as peer_module
 from torch import Tensor, nn
-
-peer_module = pytest.importorskip("diffusers.models.transformers.transformer_kandinsky")
 
 VIDEO = CrossDiTSpec(
     model_dim=64, ff_dim=128, time_dim=32, num_text_blocks=2, num_visual_blocks=2,

@@ -15,8 +15,6 @@ from comfyui_kandinsky5.kandinsky_core.model import CrossDiT
 from comfyui_kandinsky5.kandinsky_core.sampling import Known, TextCondition
 from comfyui_kandinsky5.kandinsky_core.variants import CrossDiTSpec
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is a test dependency: pip install diffusers")
-
 SPEC = CrossDiTSpec(
     model_dim=64, ff_dim=128, time_dim=32, num_text_blocks=2, num_visual_blocks=3, axes_dims=(8, 12, 12),
     in_text_dim=32, in_text_dim2=16, visual_cond=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,6 @@ from comfyui_kandinsky5.kandinsky_core.vae.flux import FluxVAE
 from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import HunyuanVideoVAE
 from comfyui_kandinsky5.kandinsky_core.variants import FLUX_VAE, HUNYUAN_VAE, VAESpec
 from torch import nn
-
-diffusers = pytest.importorskip("diffusers")
 
 TOLERANCE = 1e-5  # max|a-b| / max|b|
 TINY = {"block_out_channels": (8, 16, 24, 32), "layers_per_block": 2, "norm_num_groups": 4}
