@@ -14,6 +14,8 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
+from comfy.ldm.modules.diffusionmodules.model import Decoder
 from torch import Tensor
 
 from ..kandinsky_core.errors import ShapeError
@@ -28,6 +30,7 @@ from .host import VAEFacts
 
 logger = logging.getLogger("kandinsky5")
 
+LATENT_CHANNELS = 16  # of both autoencoders
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 # Peak live bytes per pixel of the frame for each byte of dtype, measured with the published widths, a tenth added:
@@ -114,6 +117,17 @@ class K5VAE(comfy.sd.VAE):
             model, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
         )
 
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """Decode raw latents; a picture [B,C,H,W] is a clip of one frame to a video VAE."""
+        return super().decode(self._clips(samples_in), vae_options or {})
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Decode in core's tiles what `decode` takes."""
+        return super().decode_tiled(self._clips(samples), *args, **kwargs)
+
+    def _clips(self, samples: Tensor) -> Tensor:
+        return samples.unsqueeze(2) if self.latent_dim == 3 and samples.ndim == 4 else samples
+
 
 def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
     frames = pixel_frames(min(shape[2], WINDOW))
@@ -151,14 +165,20 @@ def _load_patcher(path: str, dtype: str, disable_dynamic: bool = False) -> Any:
 
 
 def facts(vae: Any) -> VAEFacts | None:
-    """Return the kind of a VAE of ours, or of core's by its latent layout."""
+    """Return the kind of a VAE of ours, or of core's by its network: 16 channels alone are also Wan's and others'.
+
+    Stable Diffusion 3's has FLUX's very layers, so it cannot be told from it.
+    """
     if isinstance(vae, K5VAE):
         return VAEFacts(vae.spec.kind)
-    if getattr(vae, "latent_channels", None) != 16:
+    if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
         return None
-    if vae.latent_dim == 3 and vae.temporal_compression_decode() == VAE_TEMPORAL:
-        return VAEFacts("hunyuan")
-    return VAEFacts("flux") if vae.latent_dim == 2 else None
+    network = vae.first_stage_model
+    if isinstance(network, AutoencoderKL):
+        is_video = isinstance(network.post_quant_conv, torch.nn.Conv3d)
+        return VAEFacts("hunyuan") if is_video and vae.temporal_compression_decode() == VAE_TEMPORAL else None
+    is_image = type(network) is AutoencodingEngine and type(network.decoder) is Decoder and vae.latent_dim == 2
+    return VAEFacts("flux") if is_image else None
 
 
 def encode(vae: Any, image_THWC: Tensor) -> Tensor:
