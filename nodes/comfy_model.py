@@ -348,9 +348,27 @@ def variant_of(model: Any) -> Variant | None:
         return base.row
     if not isinstance(base, comfy.model_base.Kandinsky5):
         return None
-    is_image = isinstance(base, comfy.model_base.Kandinsky5Image)
-    rows = [row for row in VARIANTS.values() if (row.vae.kind == "flux") == is_image and row.repo]
+    rows = _published(base)
     return next((row for row in rows if row.spec.model_dim == base.diffusion_model.model_dim), rows[0])
+
+
+def variant_note(model: Any) -> str:
+    """Say that core's own loader does not tell which model it loaded, nor whether its width is a published one."""
+    row = variant_of(model)
+    if row is None or isinstance(model.model, K5BaseModel):
+        return ""
+    width = model.model.diffusion_model.model_dim
+    unknown = "" if width == row.spec.model_dim else f" (no published model has its width, {width})"
+    return (
+        f"Loaded by ComfyUI's own loader: settings of {row.title} are assumed{unknown}; "
+        "set steps, cfg and shift yourself if it is another one."
+    )
+
+
+def _published(base: Any) -> list[Variant]:
+    """Rows with published weights of the kind, video or image, that core's class is for."""
+    is_image = isinstance(base, comfy.model_base.Kandinsky5Image)
+    return [row for row in VARIANTS.values() if (row.vae.kind == "flux") == is_image and row.repo]
 
 
 def report(identity: Identity, model: Any) -> str:
