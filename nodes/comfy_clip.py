@@ -23,7 +23,7 @@ from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_h
 from ..kandinsky_core.text.encoder import OnLayer
 from ..kandinsky_core.text.tokens import tokenizer_folder
 from .comfy_model import DTYPES
-from .host import EncodedText
+from .host import EncodedText, cut_note
 
 TEMPLATE = "template"  # tokenizer option: which template, and how many tokens are kept
 MAX_TOKENS = "max_tokens"
@@ -173,9 +173,8 @@ def encode(clip: Any, prompt: str, template: str, max_tokens: int, cache: Embedd
     if clip.patcher.patches or clip.patcher.forced_hooks:  # a LoRA changes the result: nothing cached applies
         tokens = clip.tokenize(prompt, tokenizer_options={TEMPLATE: template, MAX_TOKENS: max_tokens})
         conditioning = clip.encode_from_tokens_scheduled(tokens)
-        return EncodedText(
-            conditioning, clip.cond_stage_model.last.tokens, clip.cond_stage_model.last.dropped
-        )
+        text = clip.cond_stage_model.last
+        return EncodedText(conditioning, text.tokens, text.dropped, cut_note(text))
     text = encode_cached(
         cache,
         clip.cond_stage_model.identity,
@@ -186,7 +185,8 @@ def encode(clip: Any, prompt: str, template: str, max_tokens: int, cache: Embedd
         on_layer=_bar(),
     )
     features_BLD, pooled_BP = _outputs(text.features_LD, text.pooled_P)
-    return EncodedText([[features_BLD, {"pooled_output": pooled_BP}]], text.tokens, text.dropped)
+    conditioning = [[features_BLD, {"pooled_output": pooled_BP}]]
+    return EncodedText(conditioning, text.tokens, text.dropped, cut_note(text))
 
 
 def _on_device(clip: comfy.sd.CLIP) -> HostedTextEncoder:

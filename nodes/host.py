@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kandinsky_core.text import TextFeatures
+from ..kandinsky_core.text.tokens import CLIP_TOKENS
 from ..kandinsky_core.variants import Variant
 from .comfy_io import INSIDE_COMFYUI
 
@@ -55,6 +57,14 @@ class EncodedText:
     tokens: int
     dropped: int  # tokens cut off because the prompt was longer than the variant takes
     note: str = ""  # what a user should know (for example: another implementation's template was used)
+
+
+def cut_note(text: TextFeatures) -> str:
+    """Say what CLIP's 77 tokens left out of a prompt, "" when nothing; `EncodedText.dropped` tells of Qwen's limit."""
+    if not text.clip_dropped:
+        return ""
+    rest = "" if text.dropped else "; Qwen reads the whole prompt"
+    return f"CLIP keeps {CLIP_TOKENS} tokens of the prompt and drops {text.clip_dropped}{rest}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
