@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ..kandinsky_core import nano
@@ -9,6 +10,7 @@ from ..kandinsky_core.errors import CheckpointError
 from .host import host
 
 BUILT_IN = " [built-in]"  # ends a name that is not in the host's folders
+CLASS_KEYS = ("_class_name", "model_type", "architectures")  # of diffusers' and transformers' config.json
 MODEL, TEXT_ENCODER, CLIP_ENCODER, VAE = "model", "text_encoder", "clip", "vae"
 
 FOLDERS = {
@@ -41,6 +43,18 @@ def locate(kind: str, name: str) -> Path:
         f"{name!r} is not there any more. Choose one of: {shown or 'nothing'}. "
         f"New files go into models/{FOLDERS[kind][0]}; then press R to refresh the list."
     )
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `folder` holds one model in several files: its config.json names the model's class.
+
+    Any other config.json says nothing of the weights beside it, which are files of their own.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and any(key in config for key in CLASS_KEYS)
 
 
 def _built_in(kind: str) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -15,13 +16,15 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
 from . import comfy_clip, comfy_model, comfy_vae
+from .files import is_model_folder
 from .host import KNOWN_FRAMES, EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
 
+TIME_UNIT = 1000  # the network is told a time of 0...1000
 SUFFIXES = (".safetensors", ".sft")
-INDEX = ".safetensors.index.json"
 
 
 class ComfyHost(Host):
@@ -31,35 +34,30 @@ class ComfyHost(Host):
 
     def filenames(self, folder: str) -> list[str]:
         """Return safetensors files under the folder key, from every configured place."""
-        names = folder_paths.get_filename_list(folder)
-        inside = self._model_folders(folder)
-        return [name for name in names if name.lower().endswith(SUFFIXES) and _parent(name) not in inside]
+        inside = set(self.folders(folder))
+        return [
+            name for name in _listed(folder) if name.lower().endswith(SUFFIXES) and _parent(name) not in inside
+        ]
 
     def folders(self, folder: str) -> list[str]:
-        """Return folders that hold a config.json beside weights."""
-        return sorted(self._model_folders(folder))
+        """Return folders that hold one model: weights and the config.json that describes them."""
+        parents = {_parent(name) for name in _listed(folder)} - {""}
+        roots = [Path(root) for root in folder_paths.get_folder_paths(folder)]
+        return sorted(name for name in parents if any(is_model_folder(root / name) for root in roots))
 
     def locate(self, folder: str, name: str) -> Path | None:
-        """Return the path of a listed file or model folder."""
-        relative = Path(name)
-        if relative.is_absolute() or ".." in relative.parts or relative == Path():
+        """Return the path of a listed file or model folder; nothing else is reached, whatever `name` says."""
+        name = Path(name).as_posix()
+        if name not in self.filenames(folder) and name not in self.folders(folder):
             return None
-        found = (Path(root) / relative for root in folder_paths.get_folder_paths(folder))
-        return next((path for path in found if path.exists()), None)
+        found = (Path(root) / name for root in folder_paths.get_folder_paths(folder))
+        return next((path for path in found if path.is_file() or is_model_folder(path)), None)
 
     def directory(self, kind: str) -> Path:
         """Return ComfyUI's directory for `kind`."""
         if kind == "cache":
             return Path(folder_paths.get_system_user_directory("kandinsky5"))
         return Path(folder_paths.get_directory_by_type(kind))
-
-    def _model_folders(self, folder: str) -> set[str]:
-        parents = {_parent(name) for name in folder_paths.get_filename_list(folder)} - {""}
-        return {
-            name
-            for name in parents
-            if (path := self.locate(folder, name)) and (path / "config.json").is_file()
-        }
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -80,6 +78,10 @@ class ComfyHost(Host):
         """Return the table row of a MODEL, ours or core's."""
         return comfy_model.variant_of(model)
 
+    def variant_note(self, model: Any) -> str:
+        """Return that the row is assumed, for what core's own loader loaded."""
+        return comfy_model.variant_note(model)
+
     def vae_facts(self, vae: Any) -> VAEFacts | None:
         """Return the kind of a VAE, ours or core's."""
         return comfy_vae.facts(vae)
@@ -90,7 +92,7 @@ class ComfyHost(Host):
 
     def shift_of(self, model: Any) -> float | None:
         """Return the shift that a node such as ModelSamplingSD3 put on this MODEL."""
-        patch = model.object_patches.get("model_sampling")
+        patch = _sampling_patch(model)
         return None if patch is None else float(patch.shift)
 
     # -- work -------------------------------------------------------------------------------------------------
@@ -102,6 +104,7 @@ class ComfyHost(Host):
 
     def sample(self, model: Any, request: SampleRequest) -> Tensor:
         """Run core's guider and sampler over our sigmas."""
+        _sampling_patch(model)
         latent = comfy.sample.fix_empty_latent_channels(model, request.latent["samples"])
         guider = comfy.samplers.CFGGuider(model)
         # A guider needs both prompts; at guidance 1 it leaves the second one out by itself.
@@ -156,6 +159,31 @@ def _preview(model: Any, request: SampleRequest) -> Callable[[int, Tensor, Tenso
     if known is None or known.shape[2] >= request.latent["samples"].shape[2]:
         return callback
     return lambda step, x0, x, total: callback(step, x0[:, :, known.shape[2] :], x, total)
+
+
+def _sampling_patch(model: Any) -> Any:
+    """Return the sampling that a node put on this MODEL, or None; only the kind the models were trained for may be.
+
+    Others differ in what the network is told of the time (its unit is 1/1000) or mean another number by shift.
+    """
+    patch = model.object_patches.get("model_sampling")
+    fits = (
+        isinstance(patch, comfy.model_sampling.ModelSamplingDiscreteFlow)
+        and isinstance(patch, comfy.model_sampling.CONST)
+        and patch.multiplier == TIME_UNIT
+    )
+    if patch is not None and not fits:
+        kinds = " + ".join(kind.__name__ for kind in type(patch).__bases__)
+        raise KandinskyError(
+            f"Another node set the sampling of this model to {kinds}, which Kandinsky 5 was not trained for. "
+            "Remove that node; use ModelSamplingSD3 or the shift widget."
+        )
+    return patch
+
+
+def _listed(folder: str) -> list[str]:
+    """Return what core lists under a folder key, '/' separated on every system."""
+    return [Path(name).as_posix() for name in folder_paths.get_filename_list(folder)]
 
 
 def _parent(name: str) -> str:
