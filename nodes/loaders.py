@@ -56,15 +56,15 @@ class K5LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None) -> bool | str:
-        """Read the file's header, so that a wrong or broken file is named before anything runs."""
-        return model_name is None or _message_of(_identify_model, model_name)
+    def validate_inputs(cls, model_name: str | None, variant: str | None) -> bool | str:
+        """Read the file's header, so that a wrong or broken file, or another model's variant, is named before a run."""
+        return model_name is None or _message_of(_identify_model, model_name, variant)
 
     @classmethod
     def execute(cls, model_name: str, variant: str, dtype: str) -> io.NodeOutput:
         """Load the weights."""
         loaded = host().load_model(
-            files.locate(files.MODEL, model_name), variant=None if variant == AUTO else variant, dtype=dtype
+            files.locate(files.MODEL, model_name), variant=_choice(variant), dtype=dtype
         )
         return io.NodeOutput(loaded.model, loaded.report)
 
@@ -108,9 +108,9 @@ class K5LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, qwen_name: str | None) -> bool | str:
-        """Find the file before anything runs."""
-        return qwen_name is None or _message_of(files.locate, files.TEXT_ENCODER, qwen_name)
+    def validate_inputs(cls, qwen_name: str | None, clip_name: str | None) -> bool | str:
+        """Read both files' headers, so that a wrong or broken file is named before anything runs."""
+        return _message_of(_identify_text_encoders, qwen_name, clip_name)
 
     @classmethod
     def execute(cls, qwen_name: str, clip_name: str, dtype: str, tokenizer: str = "") -> io.NodeOutput:
@@ -169,10 +169,29 @@ def _message_of(check: Any, *arguments: Any) -> bool | str:
     return True
 
 
-def _identify_model(name: str) -> None:
+def _choice(variant: str | None) -> str | None:
+    """Return the row a user chose, None for 'auto' and for what a link will bring."""
+    return None if variant == AUTO else variant
+
+
+def _identify_model(name: str, variant: str | None) -> None:
     from ..kandinsky_core.io import identify, open_checkpoint
 
-    identify(open_checkpoint(files.locate(files.MODEL, name)))
+    identify(open_checkpoint(files.locate(files.MODEL, name)), _choice(variant))
+
+
+def _identify_text_encoders(qwen: str | None, clip: str | None) -> None:
+    from ..kandinsky_core.io import open_checkpoint
+    from ..kandinsky_core.text.clip import CLIP
+    from ..kandinsky_core.text.qwen import TEXT
+    from ..kandinsky_core.text.weights import tower_names
+
+    if qwen is not None:
+        path = files.locate(files.TEXT_ENCODER, qwen)
+        tower_names(open_checkpoint(path, part="text_encoder"), TEXT)
+    if clip is not None:
+        path = files.locate(files.CLIP_ENCODER, clip)
+        tower_names(open_checkpoint(path, part="text_encoder_2"), CLIP)
 
 
 def _identify_vae(name: str) -> None:
