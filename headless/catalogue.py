@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Port:
         if self.options is not None and value not in self.options:
             known = ", ".join(map(str, self.options)) or "nothing (no files found)"
             return f"{value!r} is not one of: {known}"
+        if isinstance(value, float) and not math.isfinite(value):  # NaN would pass both limits
+            return f"{value} is not a finite number"
         if self.minimum is not None and value < self.minimum:
             return f"{value} is below the smallest allowed value {self.minimum}"
         if self.maximum is not None and value > self.maximum:

@@ -72,7 +72,7 @@ def _check_value(call: Call, port: Port, with_limits: bool) -> Iterable[str]:
         return
     try:
         call.inputs[port.name] = value = port.parse(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):  # JSON may hold Infinity
         yield f"{call}: {port.name} = {value!r} is not of type {port.type}."
         return
     complaint = port.complaint(value) if with_limits else None

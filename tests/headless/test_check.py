@@ -39,6 +39,9 @@ def test_values_take_the_type_of_their_input(toys):
     [
         ({"n1_seed": -1}, "seed: -1 is below the smallest allowed value 0"),
         ({"n1_seed": 101}, "seed: 101 is above the largest allowed value 100"),
+        ({"n1_seed": float("inf")}, "seed = inf is not of type INT"),
+        ({"n1_scale": float("nan")}, "scale: nan is not a finite number"),
+        ({"n1_scale": "-inf"}, "scale: -inf is not a finite number"),
         ({"n1_seed": "many"}, "seed = 'many' is not of type INT"),
         ({"n1_mode": "triple"}, "mode: 'triple' is not one of: plain, double"),
         ({"n1_speed": 1}, "has no input 'speed'. Its inputs: seed, mode, scale"),
