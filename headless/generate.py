@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..kandinsky_core.errors import CheckpointError
+from ..kandinsky_core.errors import CheckpointError, ShapeError
 from ..kandinsky_core.io import identify, open_checkpoint
 from ..kandinsky_core.variants import Variant
 from ..nodes import files
@@ -52,6 +52,10 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
     model = _choose(files.MODEL, wish.model, (), wish.model == NANO, host)
     path = files.locate(files.MODEL, model)
     row = identify(open_checkpoint(path), wish.variant).variant
+    if wish.image is not None and not row.spec.visual_cond:
+        raise ShapeError(
+            f"{row.title} takes no start image. Leave out --image, or use a model that continues one (--model nano)."
+        )
     is_nano = model.endswith(files.BUILT_IN)
     text = _choose(files.TEXT_ENCODER, wish.text_encoder, USUAL[files.TEXT_ENCODER], is_nano, host)
     clip = _choose(files.CLIP_ENCODER, wish.clip, USUAL[files.CLIP_ENCODER], is_nano, host)
@@ -139,8 +143,9 @@ def _choose(kind: str, given: str | None, usual: tuple[str, ...], is_nano: bool,
             raise CheckpointError(
                 f"{given} is neither a file nor a name in {host.models}. There is: {', '.join(names) or 'nothing'}."
             )
-        host.extra.setdefault(files.FOLDERS[kind][0], {})[path.name] = path
-        return path.name
+        # Known by what was given, not by the file's name: two folders may hold files of one name.
+        host.extra.setdefault(files.FOLDERS[kind][0], {})[given] = path
+        return given
     for pattern in usual:
         for name in names:
             if fnmatch(name.lower(), pattern) and not name.endswith(files.BUILT_IN):

@@ -92,6 +92,30 @@ def test_text_to_image_uses_the_image_family(cli):
     assert read_image(out.strip()).shape == (1, 48, 64, 3)
 
 
+def test_a_start_image_for_an_image_model_is_refused_before_anything_runs(cli, tmp_path):
+    write_png(tmp_path / "start.png", torch.zeros(48, 64, 3))
+    image = [*TINY, "--model", tiny.IMAGE, "--vae", tiny.IMAGE_VAE, "--image", "start.png"]
+    code, _, err = cli("generate", "--prompt", "a lighthouse", *image, *SMALL)
+    assert code == 2
+    assert "takes no start image. Leave out --image" in err
+
+
+def test_files_of_one_name_from_two_folders_stay_apart(cli, models, tmp_path):
+    for folder, source in (("qwen", tiny.QWEN), ("clip", tiny.CLIP)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model").symlink_to(models / "text_encoders" / source)
+    code, out, err = generate(cli, "--text-encoder", "qwen/model", "--clip", "clip/model", "--json")
+    assert code == 0, err
+    assert {"qwen/model", "clip/model"} <= set(read_loader_inputs(out))
+
+
+def read_loader_inputs(report):
+    """Return what the text encoder loader of a run was given, from the saved clip."""
+    clip = read_video(json.loads(report)["outputs"][0]["path"])
+    graph = json.loads(clip.metadata["prompt"]).values()
+    return next(node["inputs"].values() for node in graph if node["class_type"] == "K5LoadTextEncoder")
+
+
 def test_json_holds_files_facts_and_times(cli):
     code, out, _ = generate(cli, "--json", "--quiet")
     report = json.loads(out)
@@ -194,6 +218,8 @@ def test_nan_weights_are_named(cli, models):
     [
         (["--width", "70"], "width 70 is not a positive multiple of 16. Use 64"),
         (["--frames", "0"], "0 frames"),
+        (["--guidance", "nan"], "nan is not a finite number"),
+        (["--shift", "inf"], "inf is not a finite number"),
         (["--frames", "6"], "must be 4k+1"),
         (["--image", "nothing.png"], "nothing.png"),
         (["--model", "nothing.safetensors"], "neither a file nor a name"),
