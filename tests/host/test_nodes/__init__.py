@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import comfy.ldm.wan.vae
 import comfy.patcher_extension
+import comfy.sd
+import comfy.taesd.taesd
 import folder_paths
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
+
+import nodes
 
 
 class K5TestSave(io.ComfyNode):
@@ -116,9 +123,72 @@ class K5TestSeen(io.ComfyNode):
         return io.NodeOutput(ui={"seen": [json.dumps(SEEN)]})
 
 
+def pack_host() -> Any:
+    """Return the host that the pack's own nodes use in this server."""
+    package = nodes.NODE_CLASS_MAPPINGS["K5LoadVAE"].__module__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.host").host()
+
+
+class K5TestModel(io.ComfyNode):
+    """Give what the pack's host knows of a MODEL to the history."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5TestModel", inputs=[io.Model.Input("model")], outputs=[], is_output_node=True
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        row, note = pack_host().variant_of(model), pack_host().variant_note(model)
+        return io.NodeOutput(ui={"variant": [row.name if row else None], "note": [note]})
+
+
+class K5TestVAEs(io.ComfyNode):
+    """Give the kinds that the pack's host takes core's VAEs for to the history; networks are core's own, tiny."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="K5TestVAEs", inputs=[], outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        plain = dict(
+            double_z=True, z_channels=16, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 1],
+            num_res_blocks=1, attn_resolutions=[], dropout=0.0,
+        )  # fmt: skip
+        coder = "comfy.ldm.modules.diffusionmodules.model"
+        engine = AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": f"{coder}.Encoder", "params": plain},
+            decoder_config={"target": f"{coder}.Decoder", "params": plain},
+        )
+        clips = AutoencoderKL(ddconfig=plain | {"conv3d": True, "time_compress": 4}, embed_dim=16)
+        wan = comfy.ldm.wan.vae.WanVAE(
+            dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+        vaes = {
+            "hunyuan": core_vae(clips, 3),
+            "wan": core_vae(wan, 3),
+            "flux": core_vae(engine, 2),
+            "other image": core_vae(AutoencoderKL(ddconfig=plain, embed_dim=16), 2),
+            "tiny image": core_vae(comfy.taesd.taesd.TAESD(latent_channels=16), 2),
+        }
+        facts = {name: pack_host().vae_facts(vae) for name, vae in vaes.items()}
+        return io.NodeOutput(ui={"kinds": [{name: found and found.kind for name, found in facts.items()}]})
+
+
+def core_vae(network: torch.nn.Module, dims: int) -> Any:
+    """Core's VAE around `network`, as its constructor leaves it for 16 channels (it builds full sizes only)."""
+    vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
+    vae.first_stage_model, vae.latent_channels, vae.latent_dim = network, 16, dims
+    vae.upscale_ratio = (lambda frames: max(0, frames * 4 - 3), 8, 8) if dims == 3 else 8
+    return vae
+
+
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [K5TestSave, K5TestWatch, K5TestSeen]
+        return [K5TestSave, K5TestWatch, K5TestSeen, K5TestModel, K5TestVAEs]
 
 
 async def comfy_entrypoint() -> Extension:
