@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, help="ComfyUI checkout to compare with")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=1792)
+    parser.add_argument("--min-tokens", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=9216)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     options = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> None:
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for grid, text_tok, visual_blocks in CASES:
             tokens = grid[0] * grid[1] * grid[2]
-            if tokens <= options.max_tokens:
+            if options.min_tokens <= tokens <= options.max_tokens:
                 ours = model(spec(visual_blocks, options.width), dtype)
                 args = inputs(ours.spec, grid, text_tok, dtype)
                 runs: dict[str, Forward] = {"ours": lambda m=ours, a=args: m(*a, rope_scale=ROPE_SCALE)}

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, traced, whole
-from .rope import rotate
+from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, rms_norm_float32_, traced, whole
+from .rope import rotate, rotate_
 
 PACKED_KEY_BYTES = 1 << 22  # keys a CPU attention call may repack at once
 
@@ -68,16 +68,12 @@ class Attention(nn.Module):
         """Split into heads, normalise and rotate in float32, round once; outside autograd in place."""
         x_BNAE = x_BND.unflatten(-1, (-1, self.head_dim))
         if whole(x_BND):
-            return _normed(x_BNAE, norm, rope_NP2).to(x_BND.dtype)
+            y_BNAE = rms_norm_float32(norm, x_BNAE.float())
+            return (y_BNAE if rope_NP2 is None else rotate(y_BNAE, rope_NP2)).to(x_BND.dtype)
         for part in pieces(x_BND):
-            rope_part = None if rope_NP2 is None else rope_NP2[part]
-            x_BNAE[:, part] = _normed(x_BNAE[:, part], norm, rope_part)
+            y_BNAE = rms_norm_float32_(norm, x_BNAE[:, part].float())
+            x_BNAE[:, part] = y_BNAE if rope_NP2 is None else rotate_(y_BNAE, rope_NP2[part])
         return x_BNAE
-
-
-def _normed(x_BNAE: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
-    y_BNAE = rms_norm_float32(norm, x_BNAE.float())
-    return y_BNAE if rope_NP2 is None else rotate(y_BNAE, rope_NP2)
 
 
 def masked(mask_BL: Tensor | None) -> Attend:

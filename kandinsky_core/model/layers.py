@@ -22,9 +22,9 @@ from .rope import frequencies
 
 NORM_EPS = 1e-5
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon: what the released code's eps=None means for float32 input
-# A float32 piece of activations: on a CPU the half dozen temporaries of a step fit in a core's cache; elsewhere every
+# A float32 piece of activations: on a CPU a step's few of them fit in a core's cache; elsewhere every
 # piece is a kernel launch, so only what would weigh on the device's memory is cut.
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 19
 DEVICE_PIECE_BYTES = 1 << 26
 # A hidden piece: larger blocks go back to the system when freed, and every use faults them in anew.
 HIDDEN_PIECE_BYTES = 1 << 25
@@ -81,6 +81,15 @@ def rms_norm_float32(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     if type(norm) is not nn.RMSNorm or norm.weight.dtype == torch.float32:
         return norm(x)
     return F.rms_norm(x, norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
+def rms_norm_float32_(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Do what `rms_norm_float32` does, but possibly in place."""
+    if type(norm) is not nn.RMSNorm or not x.is_cpu:
+        return rms_norm_float32(norm, x)
+    # torch has no fused kernel for the CPU: its norm is six passes over new tensors, this is three over one.
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.mul_(norms.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()).mul_(norm.weight)
 
 
 def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ def rotate(x_BNAE: Tensor, rope_NP2: Tensor) -> Tensor:
     return torch.view_as_real(turned_BNAP).flatten(-2)
 
 
+def rotate_(x_BNAE: Tensor, rope_NP2: Tensor) -> Tensor:
+    """Do what `rotate` does, in place."""
+    pairs_BNAP = torch.view_as_complex(x_BNAE.unflatten(-1, (-1, 2)))
+    pairs_BNAP.mul_(torch.view_as_complex(rope_NP2.unsqueeze(1)))
+    return x_BNAE
+
+
 def _table(length: int, dim: int, scale: float, device: torch.device | None) -> Tensor:
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles_NP = torch.outer(positions, frequencies(dim // 2, device)) / scale
