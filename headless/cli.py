@@ -10,11 +10,12 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kandinsky_core.errors import KandinskyError
+from ..kandinsky_core.errors import KandinskyError, MediaError
 
 OK, FAILED, REFUSED, CANCELLED = 0, 1, 2, 130
 BUNDLED = Path(__file__).parent.parent / "workflows"
@@ -143,6 +144,7 @@ def _execute(arguments: argparse.Namespace, graph: Any, types: Any, host: Any, d
     from .progress import ProgressLine
     from .run import run
 
+    _require_writable(host.output)
     on_call = None
     line = ProgressLine(sys.stderr)
     if not arguments.quiet:
@@ -163,6 +165,17 @@ def _execute(arguments: argparse.Namespace, graph: Any, types: Any, host: Any, d
     for file in result.files:
         sys.stdout.write(f"{file['path']}\n")
     return OK
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written, leaving nothing there."""
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise MediaError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def _workflow_path(given: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..nodes.host import host
 CONTAINERS = {"auto": ".mp4", "mp4": ".mp4", "mkv": ".mkv"}
 CODECS = ("auto", "h264")
 ENCODING = "format.codec.encoding"
+IN_FOLDER = re.compile(r"(.*?) ?\[(input|output|temp)\]")  # how the editor names a file outside the input folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,9 @@ class LoadImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: str, upload: str = "image") -> io.NodeOutput:  # noqa: ARG003
-        """Read the picture, transparency on white; the mask is ComfyUI's for an opaque one."""
-        pixels_1HWC = media.read_image(_input_path(image))
-        return io.NodeOutput(pixels_1HWC, pixels_1HWC.new_zeros(1, 64, 64))
+        """Read colours and, as ComfyUI does, the mask: 1 where transparent; 64x64 zeros for an opaque picture."""
+        pixels_1HWC, alpha_1HW = media.read_image(_input_path(image))
+        return io.NodeOutput(pixels_1HWC, pixels_1HWC.new_zeros(1, 64, 64) if alpha_1HW is None else 1 - alpha_1HW)
 
 
 class CreateVideo(io.ComfyNode):
@@ -110,6 +112,11 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Name a prefix outside the output folder before anything runs."""
+        return _prefix_message(filename_prefix)
+
+    @classmethod
     def execute(cls, video: Clip, filename_prefix: str, format: str, **encoding: Any) -> io.NodeOutput:
         """Write the clip with everything that led to it in its metadata."""
         path = _free_paths(filename_prefix, CONTAINERS[format], 1)[0]
@@ -134,6 +141,11 @@ class SaveImage(io.ComfyNode):
             outputs=[io.Image.Output(display_name="images")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Name a prefix outside the output folder before anything runs."""
+        return _prefix_message(filename_prefix)
 
     @classmethod
     def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:
@@ -176,20 +188,42 @@ def _save_images(images_THWC: Tensor, prefix: str) -> list[dict[str, Any]]:
 
 
 def _input_path(name: str) -> Path:
-    """Return the picture that `name` means: in the input folder if it is there, else as a path."""
+    """Return the picture that `name` means: of the folder it names, in the input folder if there, else a path."""
+    if match := IN_FOLDER.fullmatch(name):
+        root = os.path.abspath(host().directory(match[2]))
+        path = Path(os.path.abspath(os.path.join(root, match[1])))
+        if not path.is_relative_to(root):
+            raise MediaError(f"{name!r} leads out of the {match[2]} folder. Use a name inside it, or a plain path.")
+        return path
     inside = host().directory("input") / name
     return inside if inside.is_file() else Path(name).expanduser()
 
 
 def _free_paths(prefix: str, suffix: str, count: int) -> list[Path]:
     """Return the next `count` free names `prefix_00001_.ext` of the output folder, as ComfyUI numbers them."""
+    start = _start(prefix)
+    taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}")
+    names = [path.name for path in start.parent.iterdir()] if start.parent.is_dir() else []
+    first = max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0) + 1
+    return [start.with_name(f"{start.name}_{number:05}_{suffix}") for number in range(first, first + count)]
+
+
+def _start(prefix: str) -> Path:
+    """Return the path that numbers are appended to; one outside the output folder raises `KandinskyError`."""
     root = host().directory("output").resolve()
     start = (root / prefix).resolve()
     if not start.is_relative_to(root) or start == root:
         raise KandinskyError(
             f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name."
         )
-    taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}")
-    names = [path.name for path in start.parent.iterdir()] if start.parent.is_dir() else []
-    first = max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0) + 1
-    return [start.with_name(f"{start.name}_{number:05}_{suffix}") for number in range(first, first + count)]
+    return start
+
+
+def _prefix_message(prefix: str | None) -> bool | str:
+    """Return True, or why nothing can be saved under this prefix; None is a linked one."""
+    try:
+        if prefix is not None:
+            _start(prefix)
+    except KandinskyError as error:
+        return str(error)
+    return True

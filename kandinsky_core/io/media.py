@@ -51,6 +51,13 @@ class Video(NamedTuple):
     metadata: dict[str, str]
 
 
+class Picture(NamedTuple):
+    """A picture in memory: colours float32 [1,H,W,3] 0…1 and, where the file knows transparency, alpha [1,H,W]."""
+
+    pixels_1HW3: Tensor
+    alpha_1HW: Tensor | None
+
+
 def write_video(
     path: str | os.PathLike[str],
     frames: Iterable[Frame],
@@ -136,30 +143,37 @@ def write_png(
     return target
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a picture as float32 [1,H,W,3] 0…1, upright; transparency lies on white, 16-bit greys keep their depth."""
+def read_image(path: str | os.PathLike[str]) -> Picture:
+    """Read a picture, upright; colours are the file's own, also where transparent; 16-bit greys keep their depth."""
     from PIL import Image, ImageOps
 
     broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
     try:
         with Image.open(path) as image:
-            array_HW3 = _rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+            pixels_HW3 = _rgb(upright)
+            alpha_HW = _alpha(upright) if upright.mode == "RGBA" else None
     except broken as error:
         raise MediaError(f"{path} is not a picture that can be read: {error}.") from error
-    return torch.from_numpy(array_HW3).unsqueeze(0)
+    return Picture(
+        torch.from_numpy(pixels_HW3).unsqueeze(0),
+        None if alpha_HW is None else torch.from_numpy(alpha_HW).unsqueeze(0),
+    )
 
 
 def _rgb(image: Image) -> np.ndarray:
     """Float32 [H,W,3] of any Pillow mode."""
-    from PIL import Image
-
     if image.mode.startswith("I"):  # 16-bit greyscale, whatever Pillow calls it
         grey_HW = np.asarray(image).astype(np.float32) / np.iinfo(np.uint16).max
         return np.repeat(grey_HW[..., None].clip(0, 1), 3, axis=-1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def _alpha(image: Image) -> np.ndarray:
+    """Float32 [H,W] of an RGBA picture, 1 where it is opaque."""
+    return np.asarray(image.getchannel("A"), dtype=np.float32) / 255
 
 
 def _pixels(frame: Frame) -> np.ndarray:

@@ -161,7 +161,7 @@ def test_lite_video_workflows_run(run, published, tmp_path, name):
 
 def test_the_lite_image_workflow_runs(run, published):
     saved = run("t2i_lite", "--models", published, *SMALL)
-    assert read_image(saved).shape == (1, 48, 64, 3)
+    assert read_image(saved).pixels_1HW3.shape == (1, 48, 64, 3)
 
 
 @pytest.mark.parametrize("name", ["t2v_nano", "i2v_nano"])

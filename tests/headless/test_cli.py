@@ -82,14 +82,14 @@ def test_one_frame_is_a_picture(cli, tmp_path):
     code, out, _ = generate(cli, "--frames", "1")
     assert code == 0
     assert out.strip().endswith(".png")
-    assert read_image(out.strip()).shape == (1, 48, 64, 3)
+    assert read_image(out.strip()).pixels_1HW3.shape == (1, 48, 64, 3)
 
 
 def test_text_to_image_uses_the_image_family(cli):
     image = [*TINY, "--model", tiny.IMAGE, "--vae", tiny.IMAGE_VAE, "--steps", "1"]
     code, out, err = cli("generate", "--prompt", "a lighthouse", *image, *SMALL)
     assert code == 0, err
-    assert read_image(out.strip()).shape == (1, 48, 64, 3)
+    assert read_image(out.strip()).pixels_1HW3.shape == (1, 48, 64, 3)
 
 
 def test_a_start_image_for_an_image_model_is_refused_before_anything_runs(cli, tmp_path):
@@ -264,6 +264,22 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_runs(cli, tmp_path):
+    (tmp_path / "taken").touch()
+    code, _, err = generate(cli, "--out", "taken/here")
+    assert code == 2
+    assert "taken/here cannot be written" in err
+    assert "[1/" not in err
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/x", ""])
+def test_a_prefix_outside_the_output_folder_is_refused_before_anything_runs(cli, tmp_path, prefix):
+    code, _, err = cli("run", workflow(tmp_path / "w.json", save_filename_prefix=prefix))
+    assert code == 2
+    assert "leads out of the output folder" in err
+    assert "[1/" not in err
 
 
 def test_a_full_disk_ends_in_a_message_and_no_half_file(cli, tmp_path):

@@ -180,7 +180,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_png_comes_back_exactly_with_its_facts(tmp_path):
     pixels = noise(1, 9, 7)[0]
     path = write_png(tmp_path / "new" / "picture.png", pixels, metadata=FACTS)
-    assert np.array_equal(to_uint8(read_image(path))[0].numpy(), pixels)
+    assert np.array_equal(to_uint8(read_image(path).pixels_1HW3)[0].numpy(), pixels)
     with Image.open(path) as image:
         assert image.text["prompt"] == FACTS["prompt"]
         assert json.loads(image.text["kandinsky5"]) == FACTS["kandinsky5"]
@@ -192,27 +192,33 @@ def test_every_mode_becomes_rgb(tmp_path):
         Image.new(mode, (5, 3)).save(path) if mode != "PA" else Image.new("PA", (5, 3)).convert("RGBA").save(
             path
         )
-        image = read_image(path)
+        image = read_image(path).pixels_1HW3
         assert image.shape == (1, 3, 5, 3) and image.dtype == torch.float32, mode
         assert image.min() >= 0 and image.max() <= 1, mode
 
 
-def test_transparency_lies_on_white_and_palettes_too(tmp_path):
+def test_transparency_is_read_beside_the_colours(tmp_path):
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
-    image.putpixel((1, 0), (255, 0, 0, 128))
+    image.putpixel((1, 0), (0, 255, 0, 51))
     image.save(tmp_path / "rgba.png")
-    assert to_uint8(read_image(tmp_path / "rgba.png"))[0, 0].tolist() == [[255, 255, 255], [255, 127, 127]]
+    pixels, alpha = read_image(tmp_path / "rgba.png")
+    assert pixels[0, 0].tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert torch.equal(alpha, torch.tensor([[[0, 0.2]]]))
     palette = Image.new("P", (1, 1))
-    palette.putpalette([9, 9, 9])
+    palette.putpalette([51, 51, 51])
     palette.save(tmp_path / "p.png", transparency=0)
-    assert read_image(tmp_path / "p.png").min() == 1
+    pixels, alpha = read_image(tmp_path / "p.png")
+    assert torch.equal(pixels, torch.full((1, 1, 1, 3), 0.2))
+    assert alpha.tolist() == [[[0]]]
+    Image.new("RGB", (1, 1)).save(tmp_path / "rgb.png")
+    assert read_image(tmp_path / "rgb.png").alpha_1HW is None
 
 
 def test_sixteen_bit_greys_keep_their_depth(tmp_path):
     grey = np.array([[0, 1, 257, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     assert torch.equal(
-        read_image(tmp_path / "grey.png")[0, 0, :, 1], torch.tensor([0, 1, 257, 65535]) / 65535
+        read_image(tmp_path / "grey.png").pixels_1HW3[0, 0, :, 1], torch.tensor([0, 1, 257, 65535]) / 65535
     )
 
 
@@ -222,7 +228,7 @@ def test_a_phone_picture_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate 90 degrees clockwise to show
     image.save(tmp_path / "phone.png", exif=exif)
-    upright = read_image(tmp_path / "phone.png")
+    upright = read_image(tmp_path / "phone.png").pixels_1HW3
     assert upright.shape == (1, 4, 2, 3) and upright[0, 0, 1].min() == 1
 
 
@@ -250,6 +256,6 @@ def test_a_damaged_picture_is_read_or_named(tmp_path, keep, position, value):
     content[position : position + len(value)] = value
     path.write_bytes(content)
     try:
-        assert read_image(path).ndim == 4
+        assert read_image(path).pixels_1HW3.ndim == 4
     except MediaError as error:
         assert "damaged.png" in str(error)
