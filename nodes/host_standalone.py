@@ -24,8 +24,8 @@ from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoi
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
 from ..kandinsky_core.text import load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
-from ..kandinsky_core.text.encoder import TextFeatures
 from ..kandinsky_core.variants import Variant
+from .files import is_model_folder
 from .host import (
     KNOWN_FRAMES,
     Conditioning,
@@ -35,6 +35,7 @@ from .host import (
     Progress,
     SampleRequest,
     VAEFacts,
+    cut_note,
 )
 
 logger = logging.getLogger("kandinsky5")
@@ -128,7 +129,7 @@ class StandaloneHost(Host):
             path.parent.relative_to(root).as_posix()
             for root in self._roots(folder)
             for path in root.rglob("config.json")
-            if path.parent != root
+            if path.parent != root and is_model_folder(path.parent)
         }
         return sorted(found)
 
@@ -225,7 +226,7 @@ class StandaloneHost(Host):
         )
         self._record(prompts=[*self.facts.get(self.running.node, {}).get("prompts", ()), prompt])
         conditioning = [[text.features_LD[None].float().cpu(), {"pooled_output": text.pooled_P[None].float().cpu()}]]
-        return EncodedText(conditioning, text.tokens, text.dropped, _clip_note(text))
+        return EncodedText(conditioning, text.tokens, text.dropped, cut_note(text))
 
     @torch.no_grad()
     def sample(self, model: ModelHandle, request: SampleRequest) -> Tensor:
@@ -346,14 +347,7 @@ def _version() -> str:
 
 def _in_model_folder(path: Path, root: Path) -> bool:
     """Whether a weights file is a part of a model folder, which is listed by its own name."""
-    return path.parent != root and (path.parent / "config.json").exists()
-
-
-def _clip_note(text: TextFeatures) -> str:
-    if not text.clip_dropped:
-        return ""
-    note = f"CLIP keeps {text.clip_tokens} tokens of the prompt and drops {text.clip_dropped}"
-    return note if text.dropped else f"{note}; Qwen reads the whole prompt"
+    return path.parent != root and is_model_folder(path.parent)
 
 
 def _text(conditioning: Conditioning) -> TextCondition:

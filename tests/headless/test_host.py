@@ -21,7 +21,7 @@ def folders(tmp_path):
     for name in ("unet/a.safetensors", "diffusion_models/sub/b.safetensors", "text_encoders/q/model.safetensors"):
         (models / name).parent.mkdir(parents=True, exist_ok=True)
         (models / name).touch()
-    (models / "text_encoders/q/config.json").touch()
+    (models / "text_encoders/q/config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (tmp_path / "secret.safetensors").touch()
     return StandaloneHost(models=models, device="cpu")
 
