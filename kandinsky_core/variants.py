@@ -107,7 +107,7 @@ class Variant:
 
     name: str
     title: str
-    family: str  # rows of one family share architecture: lite_video, pro_video, lite_t2i, lite_i2i, nano_video
+    family: str  # rows of one family share architecture: lite_video, pro_video, lite_t2i, lite_i2i, nano_…
     tasks: tuple[str, ...]  # of: t2v, i2v, t2i, i2i
     files: tuple[str, ...]  # published file names; used as a hint only
     spec: CrossDiTSpec
@@ -218,12 +218,27 @@ def _row(base: Variant, name: str, title: str, files: str, repo: str, tags: str,
 
 # The nano family is built in: same classes, trained from nothing by kandinsky_core.nano.
 NANO_VIDEO = CrossDiTSpec(
-    model_dim=128, ff_dim=512, time_dim=128, num_text_blocks=1, num_visual_blocks=4, axes_dims=(8, 12, 12),
+    model_dim=128, ff_dim=512, time_dim=128, num_text_blocks=1, num_visual_blocks=4, axes_dims=(16, 24, 24),
     in_text_dim=96, in_text_dim2=64, visual_cond=True,
 )  # fmt: skip
+NANO_IMAGE = replace(NANO_VIDEO, visual_cond=False)
+NANO_EDIT = replace(NANO_IMAGE, instruct_type="channel")
 NANO_VAE = VAESpec(
     kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )
+NANO_IMAGE_VAE = replace(NANO_VAE, kind="flux")
+
+_NANO_VIDEO = Variant(
+    name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
+    tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
+    spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=5.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
+    sizes=((64, 64), (128, 128), (256, 256)), frames=(17,), fps=8,
+)  # fmt: skip
+_NANO_IMAGE = replace(
+    _NANO_VIDEO, name="nano_image", title="Nano, text to image, built in", family="nano_image",
+    tasks=("t2i",), files=("k5_nano_image.safetensors",), spec=NANO_IMAGE, vae=NANO_IMAGE_VAE, qwen_tokens=512,
+    sizes=((128, 128), (256, 256)), frames=(1,),
+)  # fmt: skip
 
 _ROWS = (
     _LITE_5S,
@@ -309,11 +324,11 @@ _ROWS = (
         "kandinsky5lite_i2i_pretrain.safetensors", "Kandinsky-5.0-I2I-Lite-pretrain", "pretrain hd",
         family="lite_i2i", tasks=("i2i", "t2i"), spec=IMAGE_EDIT,
     ),
-    Variant(
-        name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
-        tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
-        spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=5.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
-        sizes=((64, 64),), frames=(17,), fps=8,
+    _NANO_VIDEO,
+    _NANO_IMAGE,
+    replace(
+        _NANO_IMAGE, name="nano_edit", title="Nano, image editing, built in", family="nano_edit",
+        tasks=("i2i", "t2i"), files=("k5_nano_edit.safetensors",), spec=NANO_EDIT,
     ),
 )  # fmt: skip
 

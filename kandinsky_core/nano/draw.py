@@ -1,6 +1,10 @@
 """Procedural clips for the nano family: one soft-edged shape that moves over a plain background.
 
-Everything is measured in sides of the picture, so the same scene can be drawn at any size and length.
+Positions and sizes are measured in sides of the picture, so the same scene can be drawn at any size and length; the
+edge is measured in pixels, so a larger picture is a sharper one.
+
+Every clip starts alike: a shape of one size near the middle. The first frame says nothing about the motion, so a clip
+made from it follows the prompt or does not.
 """
 
 from __future__ import annotations
@@ -37,8 +41,14 @@ MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "rotate", "still")
 DIRECTION = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "cross": 4}  # turns by 360/n look the same
 
-EDGE = 2.4 / 64  # width of the soft edge
-JITTER = 0.03  # largest change of a colour channel between clips of one colour name
+EDGE_PX = 2.4  # width of the soft edge
+# What the names leave open, drawn evenly from these ranges; nothing ever touches the border.
+OFFSET = 0.04  # largest distance from the middle at the start, along x and along y
+RADIUS = (0.18, 0.20)  # at the start
+TRAVEL = (0.20, 0.22)
+GROWTH = (1.50, 1.65)  # final radius / first radius; a shrinking shape divides by it
+TURN = (math.radians(85), math.radians(95))  # clockwise
+JITTER = 0.015  # largest change of a colour channel between clips of one colour name
 HELD_OUT_PAIRS = (
     {"color": "purple", "shape": "square"},
     {"color": "cyan", "shape": "triangle"},
@@ -56,12 +66,11 @@ class Scene:
     color: str
     motion: str
     background: str
-    center: tuple[float, float] = (0.5, 0.5)  # x, y half way through the clip
-    radius: float = 0.22  # half way through the clip (geometric mean of start and end)
-    travel: float = 0.32  # path of a moving shape
-    growth: float = 2.2  # end radius / start radius of a growing shape
-    turn: float = math.radians(85)  # of a rotating shape; negative is counter-clockwise
-    tilt: float = 0.0  # radians
+    center: tuple[float, float] = (0.5, 0.5)  # x, y at the start
+    radius: float = 0.19  # at the start
+    travel: float = 0.21  # path of a moving shape
+    growth: float = 1.6  # end radius / start radius of a growing shape
+    turn: float = math.radians(90)  # of a rotating shape, clockwise
     tint: tuple[float, ...] = (0.0,) * 6  # added to the colour and the background
 
     @property
@@ -96,22 +105,13 @@ def scene(seed: int, index: int, *, unseen: bool | None = None) -> Scene:
         chosen = Scene(**names)
         if possible(chosen.shape, chosen.motion) and (unseen is None or held_out(chosen) == unseen):
             break
-    radius = rng.uniform(0.19, 0.26)
-    travel = rng.uniform(0.28, 0.36)
-    growth = rng.uniform(1.9, 2.6)
-    reach = radius * math.sqrt(growth) if chosen.motion in ("grow", "shrink") else radius
-    along = max(0.0, 0.47 - reach - travel / 2)
-    across = max(0.0, 0.45 - reach)
-    horizontal, vertical = DIRECTION.get(chosen.motion, (0.0, 0.0))
-    room_x, room_y = (along if horizontal else across), (along if vertical else across)
     return replace(
         chosen,
-        center=(0.5 + rng.uniform(-room_x, room_x), 0.5 + rng.uniform(-room_y, room_y)),
-        radius=radius,
-        travel=travel,
-        growth=growth,
-        turn=math.radians(rng.uniform(70, 100)) * rng.choice((-1, 1)),
-        tilt=math.radians(rng.uniform(-8, 8)),
+        center=(0.5 + rng.uniform(-OFFSET, OFFSET), 0.5 + rng.uniform(-OFFSET, OFFSET)),
+        radius=rng.uniform(*RADIUS),
+        travel=rng.uniform(*TRAVEL),
+        growth=rng.uniform(*GROWTH),
+        turn=rng.uniform(*TURN),
         tint=tuple(rng.uniform(-JITTER, JITTER) for _ in range(6)),
     )
 
@@ -137,7 +137,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     raise KeyError(shape)
 
 
-def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, edge: float = EDGE) -> Tensor:
+def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, edge: float) -> Tensor:
     """Opacity 0…1 of the shape at points (x, y) relative to its centre; smooth over `edge`."""
     ramp = (0.5 - signed_distance(shape, x / radius, y / radius) * radius / edge).clamp(0, 1)
     return ramp * ramp * (3 - 2 * ramp)
@@ -145,18 +145,17 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, edge: flo
 
 def draw(clip: Scene, *, size_px: int = 64, frames: int = 17, start: float = 0.0, stop: float = 1.0) -> Tensor:
     """Draw a scene as `[T,H,W,3]` float32 in 0…1; `start` and `stop` cut a part of its time."""
-    time_T11 = torch.linspace(start, stop, frames)[:, None, None] - 0.5
-    if frames == 1:
-        time_T11 = torch.full((1, 1, 1), start - 0.5)
+    time_T11 = torch.linspace(start, stop, frames)[:, None, None]
     axis = (torch.arange(size_px) + 0.5) / size_px
     dx, dy = DIRECTION.get(clip.motion, (0.0, 0.0))
     x_THW = axis[None, None, :] - clip.center[0] - dx * clip.travel * time_T11
     y_THW = axis[None, :, None] - clip.center[1] - dy * clip.travel * time_T11
     sign = {"grow": 1.0, "shrink": -1.0}.get(clip.motion, 0.0)
     radius_T11 = clip.radius * torch.exp(sign * math.log(clip.growth) * time_T11)
-    angle_T11 = clip.tilt + (clip.turn * (time_T11 + 0.5) if clip.motion == "rotate" else 0.0 * time_T11)
+    angle_T11 = time_T11 * (clip.turn if clip.motion == "rotate" else 0.0)
     cos, sin = torch.cos(angle_T11), torch.sin(angle_T11)
-    cover_THW1 = coverage(clip.shape, cos * x_THW + sin * y_THW, cos * y_THW - sin * x_THW, radius_T11)[..., None]
+    turned_x, turned_y = cos * x_THW + sin * y_THW, cos * y_THW - sin * x_THW
+    cover_THW1 = coverage(clip.shape, turned_x, turned_y, radius_T11, EDGE_PX / size_px)[..., None]
     ink = (torch.tensor(COLORS[clip.color]) + torch.tensor(clip.tint[:3])).clamp(0, 1)
     paper = (torch.tensor(BACKGROUNDS[clip.background]) + torch.tensor(clip.tint[3:])).clamp(0, 1)
     return torch.lerp(paper.expand(frames, size_px, size_px, 3), ink.expand(frames, size_px, size_px, 3), cover_THW1)

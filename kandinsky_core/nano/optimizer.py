@@ -14,35 +14,51 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that pushes singular values
 UPDATE_RMS = 0.2  # of an update before the learning rate: about AdamW's, so both share one rate
 
 
-def orthogonalize(update_RC: Tensor, iterations: int = 5) -> Tensor:
-    """Return the nearest semi-orthogonal matrix, to about 20 % per singular value, which is enough here."""
+def orthogonalize(updates_NRC: Tensor, iterations: int = 5) -> Tensor:
+    """Return the nearest semi-orthogonal matrices, to about 20 % per singular value, which is enough here."""
     a, b, c = NEWTON_SCHULZ
-    x = update_RC.T if update_RC.shape[0] > update_RC.shape[1] else update_RC
-    x = x / (x.norm() + 1e-12)
+    tall = updates_NRC.shape[-2] > updates_NRC.shape[-1]
+    x = updates_NRC.mT if tall else updates_NRC
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-12)
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if update_RC.shape[0] > update_RC.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum for weights of two or more dimensions (flattened after the first)."""
+    """Orthogonalised Nesterov momentum for weights of two or more dimensions (flattened after the first).
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    `dtype` is that of the orthogonalisation; bfloat16 does no harm. Weights of one shape are treated as one batch.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # noqa: ARG002
         """Update every weight that has a gradient."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                trace = self.state[weight].setdefault("trace", torch.zeros_like(weight))
-                trace.mul_(group["momentum"]).add_(weight.grad)
-                update_RC = weight.grad.add(trace, alpha=group["momentum"]).flatten(1)
-                scale = UPDATE_RMS * max(update_RC.shape) ** 0.5
-                weight.add_(orthogonalize(update_RC).view_as(weight), alpha=-group["lr"] * scale)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            gradients = [weight.grad for weight in weights]
+            traces = [self.state[weight].setdefault("trace", torch.zeros_like(weight)) for weight in weights]
+            torch._foreach_mul_(traces, group["momentum"])
+            torch._foreach_add_(traces, gradients)
+            updates = torch._foreach_add(gradients, traces, alpha=group["momentum"])
+            alike: dict[torch.Size, list[int]] = {}
+            for index, update in enumerate(updates):
+                alike.setdefault(update.flatten(1).shape, []).append(index)
+            for shape, indices in alike.items():
+                stacked_NRC = torch.stack([updates[index].flatten(1) for index in indices]).to(self.dtype)
+                steps_NRC = orthogonalize(stacked_NRC)
+                scale = group["lr"] * UPDATE_RMS * max(shape) ** 0.5
+                for index, step_RC in zip(indices, steps_NRC, strict=True):
+                    weights[index].sub_(step_RC.view_as(weights[index]), alpha=scale)
 
 
 def optimizers(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:

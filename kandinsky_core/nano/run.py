@@ -31,6 +31,7 @@ class Run:
     dtype: torch.dtype = torch.float32  # of activations; weights are float32
     seed: int = 1
     resume: bool = True
+    compile: bool = False  # let torch.compile fuse the transformer's blocks; needs a C++ compiler on a CPU
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +95,7 @@ def train(
         if ema is not None:
             decay = min(ema_decay, (step + 1) / (step + 10))
             with torch.no_grad():
-                for mean, value in zip(ema.parameters(), module.parameters(), strict=True):
-                    mean.lerp_(value, 1 - decay)
+                torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
         done = step + 1
         average = loss.item() if step == first else 0.95 * average + 0.05 * loss.item()
         if not math.isfinite(average):

@@ -26,7 +26,8 @@ ROOMS = {
     "text": {"io"},  # the towers read their files through io's checkpoint reader
     "sampling": {"model"},
     "io": {"model", "vae"},
-    "nano": {"model", "vae", "text", "io", "sampling"},
+    "train": {"model", "sampling"},
+    "nano": {"model", "vae", "text", "io", "sampling", "train"},
 }
 GROUND = {"errors", "shapes", "variants"}
 

@@ -5,12 +5,15 @@ Shapes: B batch, C latent channels, T/H/W latent frames/rows/columns. All latent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.attention import Attend, dense
 from ..model.crossdit import CrossDiT
-from ..sampling.conditioning import Known, TextCondition, transformer_input
+from ..sampling.conditioning import NOTHING_KNOWN, Known, TextCondition, transformer_input
 
 
 def logit_normal_times(
@@ -28,21 +31,23 @@ def flow_matching_loss(
     time_B: Tensor,
     noise_BCTHW: Tensor,
     *,
-    known_frames: int = 0,
+    known: Known = NOTHING_KNOWN,
+    attend: Attend | Sequence[Attend] = dense,
     rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Mean squared error of the velocity; `known_frames` leading frames are given clean and do not count."""
+    """Mean squared error of the velocity; known leading frames are given clean and do not count."""
     t_B1111 = time_B.view(-1, 1, 1, 1, 1).to(clean_BCTHW)
     noisy_BCTHW = torch.lerp(clean_BCTHW, noise_BCTHW, t_B1111)
-    known = Known(frames_BCTHW=clean_BCTHW[:, :, :known_frames] if known_frames else None)
     velocity_BTHWC = model(
         transformer_input(model.spec, noisy_BCTHW, known),
         text.features_BLD,
         text.pooled_BP,
         time_B.to(clean_BCTHW.device) * 1000,
         text_mask_BL=text.mask_BL,
+        attend=attend,
         rope_scale=rope_scale,
     )
     target_BCTHW = noise_BCTHW - clean_BCTHW
     velocity_BCTHW = velocity_BTHWC.movedim(-1, 1)
-    return F.mse_loss(velocity_BCTHW[:, :, known_frames:].float(), target_BCTHW[:, :, known_frames:])
+    given = 0 if known.frames_BCTHW is None else known.frames_BCTHW.shape[2]
+    return F.mse_loss(velocity_BCTHW[:, :, given:].float(), target_BCTHW[:, :, given:])

@@ -1,0 +1,200 @@
+"""The stages of the recipe: what each makes from what, and what it must reach."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..errors import KandinskyError
+from ..io.checkpoint import save_checkpoint
+from ..io.identity import spec_metadata
+from ..io.load import load_vae
+from ..text.encoder import TextEncoder, load_text_encoder
+from ..train.data import Bucket, Prompts
+from ..variants import Variant, variant
+from .autoencoder import image_basis, recipe_facts, save_vae, train_image_vae, train_video_vae, video_basis
+from .codec import ScaledVAE
+from .corpus import make_bucket
+from .evaluate import evaluate, measure_vae
+from .family import load_family
+from .gate import gate
+from .plot import plot
+from .recipe import Course, Recipe
+from .run import Run
+from .text import train_text
+from .transformer import Lesson, train_transformer
+
+RECIPE_KEY = "kandinsky5.recipe"  # safetensors metadata: JSON of what the weights were trained with
+VIDEO, IMAGE, EDIT = variant("nano_video"), variant("nano_image"), variant("nano_edit")
+
+Files = dict[str, Path]
+
+
+class GateError(KandinskyError):
+    """A stage has not reached what the next ones or the users need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One part of the recipe."""
+
+    work: Callable[[Run, Recipe, Files], None]
+    needs: tuple[str, ...] = ()
+    gate: Callable[[Run, Recipe, Files], list[str]] = lambda *_: []
+
+
+def facts(run: Run, **numbers: object) -> dict[str, str]:
+    """Return the recipe entry of a weights file's metadata."""
+    return {RECIPE_KEY: json.dumps({"seed": run.seed, **numbers})}
+
+
+def vae_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train the video autoencoder."""
+    save_vae(out["vae"], train_video_vae(run, VIDEO.vae, recipe.vae), facts(run, **recipe_facts(recipe.vae)))
+
+
+def image_vae_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train the image autoencoder."""
+    vae = train_image_vae(run, IMAGE.vae, recipe.image_vae)
+    save_vae(out["image_vae"], vae, facts(run, **recipe_facts(recipe.image_vae)))
+
+
+def text_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train tokenizers and text encoders."""
+    train_text(run, (out["text_encoder"], out["clip"]), steps=recipe.text_steps)
+
+
+def text_encoder(run: Run, out: Files) -> TextEncoder:
+    """Load the text encoders of the text stage."""
+    return load_text_encoder(out["text_encoder"], out["clip"], dtype=torch.float32, device=run.device)
+
+
+def data_file(run: Run, name: str) -> Path:
+    """Return where the training data of a transformer lies."""
+    return run.folder / f"latents_{name}.pt"
+
+
+def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Draw the transformers' data and encode it with the closed-form bases, which need no trained autoencoder."""
+    encoder = text_encoder(run, out)
+    bases = {"video": video_basis(run, VIDEO.vae), "image": image_basis(run, IMAGE.vae)}
+    for at, (name, course) in enumerate(courses(recipe).items()):
+        path = data_file(run, name)
+        if run.resume and path.exists():
+            continue
+        basis = bases.get(name, bases["image"])
+        made = [
+            make_bucket(run, basis, encoder, part, 1000 * run.seed + 100 * at + index)
+            for index, part in enumerate(course.slices)
+        ]
+        torch.save([asdict(bucket) for bucket in made], path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        run.log("latents", made=name, size_bytes=path.stat().st_size)
+
+
+def courses(recipe: Recipe) -> dict[str, Course]:
+    """Return the course of each transformer."""
+    return {"video": recipe.video, "image": recipe.image, "edit": recipe.edit}
+
+
+def read_data(run: Run, name: str) -> list[Bucket]:
+    """Read what the latents stage wrote."""
+    found = torch.load(data_file(run, name), map_location=run.device, weights_only=True)
+    return [Bucket(**{**fields, "prompts": Prompts(**fields["prompts"])}) for fields in found]
+
+
+def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, member: str, path: Path) -> None:
+    """Train one transformer and save it in float16, as it ships."""
+    course = courses(recipe)[member]
+    data = read_data(run, member)
+    lessons = [
+        Lesson(
+            bucket=data[share.slice], batch=course.slices[share.slice].batch, weight=share.weight, begin=share.begin,
+            known_frames=share.known_frames,
+        )
+        for share in course.shares
+    ]  # fmt: skip
+    model = train_transformer(run, stage, row.spec, lessons, steps=course.steps, lr=course.lr, shift=course.shift)
+    halves = {name: value.detach().cpu().half() for name, value in model.state_dict().items()}
+    save_checkpoint(path, halves, {**spec_metadata(row), **facts(run, **asdict(course))})
+
+
+def dit_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train the video transformer."""
+    train_member(run, "dit", VIDEO, recipe, "video", out["model"])
+
+
+def image_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train the text-to-image transformer."""
+    train_member(run, "image", IMAGE, recipe, "image", out["image_model"])
+
+
+def edit_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Train the editing transformer."""
+    train_member(run, "edit", EDIT, recipe, "edit", out["edit_model"])
+
+
+def measured_vae(run: Run, recipe: Recipe, out: Files, *, member: str) -> list[str]:
+    """Hold an autoencoder against its limits."""
+    row, kind = (VIDEO, "vae") if member == "video" else (IMAGE, "image_vae")
+    vae = load_vae(out[kind], dtype=torch.float32, device=run.device).vae.eval()
+    found = measure_vae(
+        ScaledVAE(vae), recipe.gate_count, size_px=row.sizes[0][0], frames=row.frames[0], device=run.device
+    )
+    run.log(kind, measured=found)
+    return gate({member: {"vae": found}}, f"{member}/vae")
+
+
+def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> list[str]:
+    """Hold a transformer against its limits; the basis stands in for an autoencoder that may still be training."""
+    basis = video_basis(run, VIDEO.vae) if member == "video" else image_basis(run, IMAGE.vae)
+    family = load_family(out, run.device, member, codec=basis.to(run.device))
+    row = family.variant
+    found = evaluate(
+        family, recipe.grade_count, seen_count=0, frames=row.frames[0], size_px=row.sizes[0][0],
+        note=lambda what: run.log(member, now=what),
+    )  # fmt: skip
+    run.log(member, measured=found)
+    tasks = [task for task in row.tasks if (member, task) != ("edit", "t2i")]  # which has no limit
+    return [failure for task in tasks for failure in gate({member: found}, f"{member}/{task}")]
+
+
+def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Measure everything with the trained autoencoders; writes grade.json and a contact sheet a member."""
+    report: dict[str, dict[str, object]] = {}
+    for member, kind in (("video", "vae"), ("image", "image_vae"), ("edit", None)):
+        family = load_family(out, run.device, member)
+        row = family.variant
+        frames, (size_px, _) = row.frames[0], row.sizes[0]
+        report[member] = evaluate(
+            family, recipe.grade_count, frames=frames, size_px=size_px, sheet=run.folder / f"grade_{member}.png",
+            note=lambda what, member=member: run.log("grade", now=f"{member}: {what}"),
+        )  # fmt: skip
+        if kind:
+            report[member]["vae"] = measure_vae(
+                family.vae, recipe.grade_count, size_px=size_px, frames=frames, device=run.device
+            )
+    (run.folder / "grade.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(run.folder / "log.jsonl", run.folder / "log.png")
+
+
+def graded(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
+    """Hold the finished report against all limits."""
+    return gate(json.loads((run.folder / "grade.json").read_text(encoding="utf-8")))
+
+
+STAGES = {
+    "vae": Stage(work=vae_stage, gate=partial(measured_vae, member="video")),
+    "image_vae": Stage(work=image_vae_stage, gate=partial(measured_vae, member="image")),
+    "text": Stage(work=text_stage),
+    "latents": Stage(work=latents_stage, needs=("text",)),
+    "dit": Stage(work=dit_stage, needs=("latents",), gate=partial(measured_member, member="video")),
+    "image": Stage(work=image_stage, needs=("latents",), gate=partial(measured_member, member="image")),
+    "edit": Stage(work=edit_stage, needs=("latents",), gate=partial(measured_member, member="edit")),
+    "grade": Stage(work=grade_stage, needs=("vae", "image_vae", "dit", "image", "edit"), gate=graded),
+}

@@ -1,0 +1,1 @@
+"""Training of the transformer: what it minimises and the data it reads."""
