@@ -26,8 +26,8 @@ TEMPLATE_CELLS = 28  # side of the normalised object window
 TEMPLATE_REACH = 1.75  # half side of that window in radii of a disc of the object's area
 TEMPLATE_ANGLES = 16  # rotations per symmetry period
 # Change over the whole clip that counts as motion, and the typical change that makes the kinds comparable.
-MOTION_TYPICAL = {"shift": 0.32, "growth": 1.6, "turn": math.radians(85)}
-MOTION_LEAST = 0.38  # of the typical change
+MOTION_TYPICAL = {"shift": 0.21, "growth": 0.92, "turn": math.radians(90)}
+MOTION_LEAST = 0.45  # of the typical change
 
 
 @dataclass(frozen=True, slots=True)
