@@ -8,6 +8,7 @@ from .comfy_io import ComfyExtension, io
 def node_list() -> list[type[io.ComfyNode]]:
     """Return every node class, in the order of a workflow."""
     from .conditioning import K5EncodeText, K5ImageToVideo
+    from .editing import K5ImageEdit
     from .loaders import K5LoadModel, K5LoadTextEncoder, K5LoadVAE
     from .sampling import K5Sample
     from .size import K5EmptyLatent, K5Size
@@ -21,6 +22,7 @@ def node_list() -> list[type[io.ComfyNode]]:
         K5Size,
         K5EmptyLatent,
         K5ImageToVideo,
+        K5ImageEdit,
         K5Sample,
         K5VAEEncode,
         K5VAEDecode,

@@ -5,6 +5,7 @@ Legend: L text tokens, D text width, P pooled width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_h
 from ..kandinsky_core.text.encoder import OnLayer
 from ..kandinsky_core.text.tokens import tokenizer_folder
 from .comfy_model import DTYPES
-from .host import EncodedText, cut_note
+from .host import EncodedText, cut_note, shown
 
 TEMPLATE = "template"  # tokenizer option: which template, and how many tokens are kept
 MAX_TOKENS = "max_tokens"
+IMAGES = "images"
 DEFAULT_TEMPLATE, DEFAULT_MAX_TOKENS = "video", 256
 QWEN, CLIP_L = "qwen25_7b", "l"  # core's names of the two prompts in its tokens
 ACTIVATION_BYTES = 512 * 1024 * 1024  # room for the states of one prompt next to the weights
+
+VISION_BYTES = 1536 * 1024 * 1024  # the published vision tower (0.68 B) in bfloat16 and its states
 
 # Layers of transformers' modules that have a casting, offloadable counterpart of the same layout in core.
 _ADOPTED = {
@@ -89,13 +93,13 @@ class HostedTextEncoder(TextEncoder):
         """Nothing is kept between calls."""
 
     def memory_estimation_function(self, tokens: dict[str, Any], device: Any = None) -> int:  # noqa: ARG002
-        """Return the bytes core should free for activations."""
-        return ACTIVATION_BYTES
+        """Return the bytes core should free for activations, and for the vision tower of prompts with pictures."""
+        return ACTIVATION_BYTES + (VISION_BYTES if QWEN in tokens and tokens[QWEN].images else 0)
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Encode what `K5Tokenizer` made: features [1,L,D], pooled [1,P]."""
         request = tokens[QWEN]
-        options = {"max_tokens": request.max_tokens, "on_layer": _bar()}
+        options = {"images": request.images, "max_tokens": request.max_tokens, "on_layer": _bar()}
         self.last = text = self.encode(request.prompt, request.template, **options)
         pooled_P = text.pooled_P
         if tokens[CLIP_L].prompt != request.prompt:  # core's node with two prompt fields
@@ -106,10 +110,11 @@ class HostedTextEncoder(TextEncoder):
 class Request:
     """A prompt with how it is to be encoded; tokens are made when the encoder runs."""
 
-    def __init__(self, prompt: str, template: str, max_tokens: int) -> None:
+    def __init__(self, prompt: str, template: str, max_tokens: int, images: Sequence[Tensor] = ()) -> None:
         self.prompt = prompt
         self.template = template
         self.max_tokens = max_tokens
+        self.images = images  # [3,H,W] in -1…1
 
 
 class K5Tokenizer:
@@ -123,7 +128,10 @@ class K5Tokenizer:
             raise TextError("Kandinsky 5 prompts have no word ids. Use a plain text encode node.")
         options = tokenizer_options or {}
         request = Request(
-            text, options.get(TEMPLATE, DEFAULT_TEMPLATE), options.get(MAX_TOKENS, DEFAULT_MAX_TOKENS)
+            text,
+            options.get(TEMPLATE, DEFAULT_TEMPLATE),
+            options.get(MAX_TOKENS, DEFAULT_MAX_TOKENS),
+            options.get(IMAGES, ()),
         )
         return {QWEN: request, CLIP_L: request}
 
@@ -166,21 +174,30 @@ def _tokenizer(weights: Path, own: str) -> Path | None:
     return None
 
 
-def encode(clip: Any, prompt: str, template: str, max_tokens: int, cache: EmbeddingCache) -> EncodedText:
-    """Encode with our text encoder, or with core's for Kandinsky 5."""
+def encode(
+    clip: Any, prompt: str, template: str, max_tokens: int, images: Sequence[Tensor], cache: EmbeddingCache
+) -> EncodedText:
+    """Encode with our text encoder, or with core's for Kandinsky 5; `images` are [H,W,3] in 0…1."""
     if not isinstance(clip.cond_stage_model, HostedTextEncoder):
+        if images:
+            raise TextError(
+                "ComfyUI's own text encoder does not show Qwen the picture to edit. "
+                "Use the Kandinsky 5 Text Encoder Loader."
+            )
         return _encode_with_core(clip, prompt)
+    options = {TEMPLATE: template, MAX_TOKENS: max_tokens, IMAGES: shown(images)}
+    tokens = clip.tokenize(prompt, tokenizer_options=options)
     if clip.patcher.patches or clip.patcher.forced_hooks:  # a LoRA changes the result: nothing cached applies
-        tokens = clip.tokenize(prompt, tokenizer_options={TEMPLATE: template, MAX_TOKENS: max_tokens})
         conditioning = clip.encode_from_tokens_scheduled(tokens)
         text = clip.cond_stage_model.last
         return EncodedText(conditioning, text.tokens, text.dropped, cut_note(text))
     text = encode_cached(
         cache,
         clip.cond_stage_model.identity,
-        lambda: _on_device(clip),
+        lambda: _on_device(clip, tokens),
         prompt,
         template,
+        images=options[IMAGES],
         max_tokens=max_tokens,
         on_layer=_bar(),
     )
@@ -189,9 +206,9 @@ def encode(clip: Any, prompt: str, template: str, max_tokens: int, cache: Embedd
     return EncodedText(conditioning, text.tokens, text.dropped, cut_note(text))
 
 
-def _on_device(clip: comfy.sd.CLIP) -> HostedTextEncoder:
+def _on_device(clip: comfy.sd.CLIP, tokens: dict[str, Request]) -> HostedTextEncoder:
     """Have core load the encoder, which frees what is in the way."""
-    clip.load_model()
+    clip.load_model(tokens)
     clip.cond_stage_model.device = clip.patcher.load_device
     return clip.cond_stage_model
 

@@ -29,12 +29,22 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ..kandinsky_core.errors import ShapeError
 from ..kandinsky_core.io import Identity, fill, identify, open_checkpoint
 from ..kandinsky_core.io.checkpoint import Checkpoint
 from ..kandinsky_core.io.header import TensorInfo
 from ..kandinsky_core.model import CrossDiT
 from ..kandinsky_core.model.attention import Attend
-from ..kandinsky_core.variants import HUNYUAN_VAE, NANO_VAE, VARIANTS, CrossDiTSpec, VAESpec, Variant
+from ..kandinsky_core.variants import (
+    FLUX_VAE,
+    HUNYUAN_VAE,
+    NANO_VAE,
+    VARIANTS,
+    CrossDiTSpec,
+    VAESpec,
+    Variant,
+)
+from .host import KNOWN_EDIT
 from .preview import NANO_BIAS, NANO_FACTORS
 
 DTYPES = {
@@ -178,6 +188,10 @@ class FluxUnshifted(comfy.latent_formats.Flux):
         shift = self.shift_factor * spec.scaling_factor
         self.scale_factor = spec.scaling_factor
         self.shift_factor = 0.0
+        if spec.block_out_channels != FLUX_VAE.block_out_channels:
+            # Another autoencoder's latents: core's preview colours and preview decoder do not fit.
+            self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
+            return
         sums = [sum(channel) for channel in zip(*self.latent_rgb_factors, strict=True)]
         self.latent_rgb_factors_bias = [
             bias - shift * total for bias, total in zip(self.latent_rgb_factors_bias, sums, strict=True)
@@ -229,9 +243,14 @@ class K5BaseModel(comfy.model_base.Kandinsky5):
         if spec.instruct_type is None:
             return super().concat_cond(**kwargs) if spec.visual_cond else None
         noise = kwargs["noise"]
-        image = kwargs.get("concat_latent_image")
+        image = kwargs.get(KNOWN_EDIT)
         if image is None:
             return torch.zeros_like(noise).repeat_interleave(2, dim=1)[:, : noise.shape[1] + 1]
+        if image.shape[1:] != noise.shape[1:]:
+            raise ShapeError(
+                f"The picture to edit has latent size {tuple(image.shape[1:])}, the latent to sample "
+                f"{tuple(noise.shape[1:])} (channels, rows, columns). Use the latent of the same Image Edit node."
+            )
         image = comfy.utils.repeat_to_batch_size(self.process_latent_in(image).to(noise), noise.shape[0])
         return torch.cat((image, torch.ones_like(noise)[:, :1]), dim=1)
 

@@ -96,12 +96,12 @@ class K5EncodeText(io.ComfyNode):
         negative = host().encode_text(clip, negative_prompt, template=template, max_tokens=limit)
         report = "\n".join(
             (
-                _text_report("prompt", prompt, positive, limit),
-                _text_report("negative prompt", negative_prompt, negative, limit),
+                text_report("prompt", prompt, positive, limit),
+                text_report("negative prompt", negative_prompt, negative, limit),
             )
         )
         return io.NodeOutput(
-            positive.conditioning, negative.conditioning, f"template: {template}\n{report}" + _notes(positive, negative)
+            positive.conditioning, negative.conditioning, f"template: {template}\n{report}" + notes(positive, negative)
         )
 
 
@@ -117,14 +117,18 @@ def _text_settings(template: str, max_tokens: int, model: Any) -> tuple[str, int
     return template, max_tokens
 
 
-def _text_report(name: str, text: str, encoded: EncodedText, limit: int) -> str:
+def text_report(
+    name: str, text: str, encoded: EncodedText, limit: int, remedy: str = "shorten the prompt or raise max_tokens"
+) -> str:
+    """Say how many tokens a prompt has, and how many were cut off."""
     line = f"{name}: {encoded.tokens} tokens" + (" (empty)" if not text.strip() else "")
     if encoded.dropped:
-        line += f", the last {encoded.dropped} were cut off (limit {limit}): shorten the prompt or raise max_tokens"
+        line += f", the last {encoded.dropped} were cut off (limit {limit}): {remedy}"
     return line
 
 
-def _notes(*encoded: EncodedText) -> str:
+def notes(*encoded: EncodedText) -> str:
+    """Return what the host has to say about the encoded prompts, a line each, every line once."""
     return "".join(f"\n{note}" for note in dict.fromkeys(text.note for text in encoded) if note)
 
 

@@ -19,6 +19,12 @@ FOLDERS = {
     CLIP_ENCODER: ("text_encoders",),
     VAE: ("vae", "checkpoints"),
 }
+BUILT_IN_KINDS = {  # what `nano.files` calls them; the first is the lists' default
+    MODEL: ("model", "image_model", "edit_model"),
+    TEXT_ENCODER: ("text_encoder",),
+    CLIP_ENCODER: ("clip",),
+    VAE: ("vae", "image_vae"),
+}
 
 
 def names(kind: str) -> list[str]:
@@ -58,5 +64,6 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def _built_in(kind: str) -> dict[str, Path]:
-    path = nano.files()[kind]
-    return {f"nano/{path.name}{BUILT_IN}": path} if path.exists() else {}
+    known = nano.files()
+    paths = (known[name] for name in BUILT_IN_KINDS[kind])
+    return {f"nano/{path.name}{BUILT_IN}": path for path in paths if path.exists()}

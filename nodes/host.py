@@ -11,7 +11,7 @@ Legend of shape suffixes: B batch, C channels, T frames (pixels or latent), H ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ DTYPES = (
     "fp8_e5m2",
 )  # how weights are held; "auto": the host decides
 
-# Conditioning keys of a known start (core's names, so that core's KSampler reads them too).
+# Conditioning keys of what is given besides text (core's names, so that core's KSampler reads them too).
 KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
 KNOWN_MASK = "concat_mask"  # [1,1,T,h,w]: 0 where known, 1 where generated
+KNOWN_EDIT = "concat_latent_image"  # raw latent [1,16,h,w] of the picture that an editing model changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ def cut_note(text: TextFeatures) -> str:
         return ""
     rest = "" if text.dropped else "; Qwen reads the whole prompt"
     return f"CLIP keeps {CLIP_TOKENS} tokens of the prompt and drops {text.clip_dropped}{rest}"
+
+
+def shown(images: Sequence[Tensor]) -> list[Tensor]:
+    """Return pictures [H,W,3] in 0…1 as the text encoder takes them: [3,H,W] in -1…1."""
+    return [image[..., :3].movedim(-1, 0).float() * 2 - 1 for image in images]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +158,14 @@ class Host(ABC):
     # -- work -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_text(self, clip: Any, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
-        """Encode one prompt; features keep their exact length (no padding)."""
+    def encode_text(
+        self, clip: Any, prompt: str, *, template: str, max_tokens: int, images: Sequence[Tensor] = ()
+    ) -> EncodedText:
+        """Encode one prompt; features keep their exact length (no padding).
+
+        `images` are pictures [H,W,3] in 0…1 that Qwen sees after the prompt (template image_edit), of the size that
+        is generated.
+        """
 
     @abstractmethod
     def sample(self, model: Any, request: SampleRequest) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,12 @@ class ComfyHost(Host):
 
     # -- work -------------------------------------------------------------------------------------------------
 
-    def encode_text(self, clip: Any, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
+    def encode_text(
+        self, clip: Any, prompt: str, *, template: str, max_tokens: int, images: Sequence[Tensor] = ()
+    ) -> EncodedText:
         """Encode one prompt."""
         cache = EmbeddingCache(self.directory("cache") / "text")
-        return comfy_clip.encode(clip, prompt, template, max_tokens, cache)
+        return comfy_clip.encode(clip, prompt, template, max_tokens, images, cache)
 
     def sample(self, model: Any, request: SampleRequest) -> Tensor:
         """Run core's guider and sampler over our sigmas."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_h
 from ..kandinsky_core.variants import Variant
 from .files import is_model_folder
 from .host import (
+    KNOWN_EDIT,
     KNOWN_FRAMES,
     Conditioning,
     EncodedText,
@@ -36,6 +37,7 @@ from .host import (
     SampleRequest,
     VAEFacts,
     cut_note,
+    shown,
 )
 
 logger = logging.getLogger("kandinsky5")
@@ -213,7 +215,9 @@ class StandaloneHost(Host):
     # Without gradients also when a script calls these directly: a kept graph would hold all activations.
 
     @torch.no_grad()
-    def encode_text(self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int) -> EncodedText:
+    def encode_text(
+        self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int, images: Sequence[Tensor] = ()
+    ) -> EncodedText:
         """Encode one prompt with the released template."""
         options = {"tokenizer_path": clip.tokenizer, "dtype": clip.dtype}
         text = encode_cached(
@@ -222,6 +226,7 @@ class StandaloneHost(Host):
             lambda: self._load(clip, lambda: load_text_encoder(clip.qwen, clip.clip, device=self.device, **options)),
             prompt,
             template,
+            images=shown(images),
             max_tokens=max_tokens,
         )
         self._record(prompts=[*self.facts.get(self.running.node, {}).get("prompts", ()), prompt])
@@ -275,10 +280,12 @@ class StandaloneHost(Host):
         return guide(velocity(request.positive), null, request.guidance)
 
     def _known(self, conditioning: Conditioning, row: Variant) -> Known:
-        frames_BCTHW = conditioning[0][1].get(KNOWN_FRAMES)
-        if frames_BCTHW is None:
-            return Known()
-        return Known(frames_BCTHW=frames_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor)
+        def given(key: str) -> Tensor | None:
+            raw = conditioning[0][1].get(key)
+            return None if raw is None else raw.to(self.device, torch.float32) * row.vae.scaling_factor
+
+        edit_BCHW = given(KNOWN_EDIT)
+        return Known(given(KNOWN_FRAMES), None if edit_BCHW is None else edit_BCHW.unsqueeze(2))
 
     @torch.no_grad()
     def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..kandinsky_core.sampling.conditioning import NORM_FRAMES
 from ..kandinsky_core.variants import Variant
 from .comfy_io import io
 from .conditioning import with_values
-from .host import KNOWN_FRAMES, KNOWN_MASK, Conditioning, Latent, SampleRequest, host
+from .host import KNOWN_EDIT, KNOWN_FRAMES, KNOWN_MASK, Conditioning, Latent, SampleRequest, host
 
 CATEGORY = "Kandinsky 5/sampling"
 AUTO, ON, OFF = "auto", "on", "off"
@@ -138,6 +138,7 @@ class K5Sample(io.ComfyNode):
             _check_text(name, prompt, row)
         latent = _checked_latent(latent, row)
         known = known_frames(positive, row, latent["samples"])
+        _check_edit(positive, row, latent["samples"])
         negative = _same_start(positive, negative, row)
         settings = _settings(model, row, steps, cfg, shift, denoise)
         request = SampleRequest(
@@ -161,6 +162,7 @@ class K5Sample(io.ComfyNode):
         report = (
             _report(row, settings, sampler_name, seed),
             _start_report(samples, known, normalises),
+            "edits the given picture" if KNOWN_EDIT in positive[0][1] else "",
             host().variant_note(model),
         )
         return io.NodeOutput({**latent, "samples": samples}, "\n".join(filter(None, report)))
@@ -181,8 +183,9 @@ def _check_text(name: str, prompt: Conditioning, row: Variant) -> None:
 
 
 def _same_start(positive: Conditioning, negative: Conditioning, row: Variant) -> Conditioning:
-    """Return the negative prompt with the positive one's start image: both passes must see the same clip."""
-    start = {key: positive[0][1][key] for key in (KNOWN_FRAMES, KNOWN_MASK) if key in positive[0][1]}
+    """Return the negative prompt with the positive one's start or picture: both passes must see the same."""
+    keys = (KNOWN_FRAMES, KNOWN_MASK, KNOWN_EDIT)
+    start = {key: positive[0][1][key] for key in keys if key in positive[0][1]}
     if not start and KNOWN_FRAMES in negative[0][1]:
         raise ShapeError(
             f"{row.title}: only the negative prompt has a start image. Connect both prompts of the Image to Video node."
@@ -220,6 +223,23 @@ def known_frames(positive: Conditioning, row: Variant, samples: Tensor) -> Tenso
             "(frames, rows, columns). Use the latent of the same Image to Video node."
         )
     return known
+
+
+def _check_edit(positive: Conditioning, row: Variant, samples: Tensor) -> None:
+    """Refuse a picture to edit that the model or the latent has no place for."""
+    picture = positive[0][1].get(KNOWN_EDIT)
+    if picture is None:
+        return
+    if row.spec.instruct_type is None:
+        raise ShapeError(
+            f"{row.title} cannot edit pictures. Load an image-editing (I2I) model, "
+            "or take the prompt from Kandinsky 5 Text Encode."
+        )
+    if picture.shape[2:] != samples.shape[2:]:
+        raise ShapeError(
+            f"The picture to edit has latent size {tuple(picture.shape[2:])}, the latent {tuple(samples.shape[2:])} "
+            "(rows, columns). Use the latent of the same Image Edit node."
+        )
 
 
 def _settings(

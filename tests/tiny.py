@@ -31,7 +31,9 @@ _SMALL = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_gr
 VIDEO_VAE_SPEC = VAESpec(kind="hunyuan", scaling_factor=0.476986, **_SMALL)
 IMAGE_VAE_SPEC = VAESpec(kind="flux", scaling_factor=0.3611, **_SMALL)
 
-QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>",
+)  # fmt: skip
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -61,13 +63,22 @@ def _weights(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _text_encoders(folder: Path) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-    qwen = Qwen2_5_VLTextModel(
-        Qwen2_5_VLTextConfig(
-            vocab_size=256 + len(QWEN_SPECIAL), hidden_size=3584, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=28, num_key_value_heads=1, max_position_embeddings=4096,
-            rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, bos_token_id=None, eos_token_id=None,
+    ids = {name: 256 + index for index, name in enumerate(QWEN_SPECIAL)}
+    text = {
+        "vocab_size": 256 + len(QWEN_SPECIAL), "hidden_size": 3584, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 28, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 3584,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    qwen = Qwen2_5_VLModel(
+        Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         )
     ).bfloat16()  # fmt: skip
     clip = CLIPTextModel(

@@ -8,7 +8,7 @@ from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError, ShapeError
 from comfyui_kandinsky5.kandinsky_core.sampling import normalise_first_frames
 from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS
 from comfyui_kandinsky5.nodes import sampling
-from comfyui_kandinsky5.nodes.host import KNOWN_FRAMES
+from comfyui_kandinsky5.nodes.host import KNOWN_EDIT, KNOWN_FRAMES
 from comfyui_kandinsky5.nodes.sampling import K5Sample
 from torch.testing import assert_close
 
@@ -110,6 +110,23 @@ def test_a_start_image_on_the_negative_alone_is_refused(sample):
         sample("lite_i2v_5s", clip(), negative=start_image()[1])
 
 
+def picture_to_edit(rows=4):
+    known = torch.linspace(-1, 1, 16 * rows * 6).reshape(1, 16, rows, 6)
+    return known, [[TEXT[0][0], {**TEXT[0][1], KNOWN_EDIT: known}]]
+
+
+def test_both_passes_see_the_picture_to_edit(sample):
+    known, positive = picture_to_edit()
+    host, latent, report = sample("lite_i2i", torch.zeros(1, 16, 4, 6), positive)
+    assert host.request.positive[0][1][KNOWN_EDIT] is host.request.negative[0][1][KNOWN_EDIT] is known
+    assert latent["samples"].shape == (1, 16, 4, 6)
+    assert "edits the given picture" in report
+
+
+def test_an_editing_model_makes_pictures_from_text_alone(sample):
+    assert "edits" not in sample("lite_i2i", torch.zeros(1, 16, 4, 6))[2]
+
+
 def test_the_report_does_not_claim_a_normalisation_that_cannot_happen(sample):
     _, positive = start_image()
     _, latent, report = sample("lite_i2v_5s", clip(4), positive, first_frame="on")
@@ -161,6 +178,9 @@ def test_pictures_and_clips_get_the_axes_the_model_wants(sample):
             "same Image to Video node",
         ),
         ("lite_i2v_5s", clip(1), start_image(2)[1], ShapeError, "same Image to Video node"),
+        ("lite_t2i", torch.zeros(1, 16, 4, 6), picture_to_edit()[1], ShapeError, "cannot edit pictures"),
+        ("lite_i2v_5s", clip(), picture_to_edit()[1], ShapeError, "cannot edit pictures"),
+        ("lite_i2i", torch.zeros(1, 16, 4, 6), picture_to_edit(8)[1], ShapeError, "same Image Edit node"),
     ],
 )
 def test_what_cannot_work_is_refused_before_sampling(sample, name, latent, positive, error, words):
