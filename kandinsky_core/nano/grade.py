@@ -25,8 +25,9 @@ SMALLEST, LARGEST = 0.012, 0.6  # share of the picture an object may cover
 TEMPLATE_CELLS = 28  # side of the normalised object window
 TEMPLATE_REACH = 1.75  # half side of that window in radii of a disc of the object's area
 TEMPLATE_ANGLES = 16  # rotations per symmetry period
+LEAST_OVERLAP = 0.70  # soft intersection over union below which nothing is recognised
 # Change over the whole clip that counts as motion, and the typical change that makes the kinds comparable.
-MOTION_TYPICAL = {"shift": 0.21, "growth": 0.92, "turn": math.radians(90)}
+MOTION_TYPICAL = {"shift": 0.19, "growth": 0.88, "turn": math.radians(90)}
 MOTION_LEAST = 0.45  # of the typical change
 
 
@@ -149,11 +150,14 @@ def shape_scores(cover_THW: Tensor) -> dict[str, float]:
     return scores
 
 
-def shape_name(cover_THW: Tensor, least: float = 0.6) -> str:
-    """Return the best matching shape, or "none" when nothing overlaps well."""
-    scores = shape_scores(cover_THW)
-    best = max(scores, key=scores.__getitem__)
-    return best if scores[best] >= least else NOTHING
+def shape_name(cover_THW: Tensor) -> str:
+    """Return the best matching shape, or "none" when nothing overlaps well or the clip's halves show different ones."""
+    names = set()
+    for part_THW in cover_THW.tensor_split(2) if len(cover_THW) > 1 else (cover_THW,):
+        scores = shape_scores(part_THW)
+        best = max(scores, key=scores.__getitem__)
+        names.add(best if scores[best] >= LEAST_OVERLAP else NOTHING)
+    return names.pop() if len(names) == 1 else NOTHING
 
 
 def turned(cover_THW: Tensor, symmetry: int) -> Tensor:

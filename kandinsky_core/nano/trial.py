@@ -1,0 +1,98 @@
+"""One task tried on many scenes: what was asked, what was made, what the grader says of each.
+
+`generate` makes, `grade` and `judge` look; a report (`evaluate`) and the controls are sums over trials.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .caption import caption
+from .draw import Scene, draw, scenes
+from .edit import Edit, EditGrade, edits, instruction, judge
+from .family import Family
+from .generate import generate
+from .grade import ATTRIBUTES, Grade
+from .score import STILL_ATTRIBUTES, graded, rate, right, summary
+
+UNSEEN_SEED = 1_000_003  # stream of evaluation scenes; training streams use small seeds
+NOISE_SEED = {"t2v": 0, "i2v": 50_000, "t2i": 90_000, "i2i": 130_000}
+SHOWN = {"t2v": ATTRIBUTES, "i2v": ATTRIBUTES, "t2i": STILL_ATTRIBUTES}  # what is graded of a task without a judge
+
+Shares = dict[str, dict[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Results of one task, in order; `asked` are scenes or, for i2i, edits."""
+
+    task: str
+    asked: Sequence[Scene] | Sequence[Edit]
+    prompts: Sequence[str]
+    real_BTHWC: Tensor  # the drawn clips, or the pictures after the edit
+    given_BHWC: Tensor | None  # first frames (i2v) or pictures before the edit (i2i)
+    made_BTHWC: Tensor
+    grades: Sequence[Grade] | Sequence[EditGrade]
+
+
+def trial(
+    family: Family, task: str, count: int, *, unseen: bool = True, frames: int = 17, size_px: int = 64,
+    order: Sequence[int] | None = None, **settings: object,
+) -> Trial:  # fmt: skip
+    """Try a task on `count` scenes of held-out combinations, or of those that training draws.
+
+    `order` gives the prompts to other scenes than their own; `settings` are those of `generate`.
+    """
+    frames = frames if task in ("t2v", "i2v") else 1
+    rng = random.Random(f"evaluation/{task in ('t2v', 'i2v')}/{unseen}")
+    common = {"frames": frames, "size_px": size_px, "seed": NOISE_SEED[task], **settings}
+    if task == "i2i":
+        asked = list(edits(UNSEEN_SEED, count, unseen=unseen))
+        prompts = _ordered([instruction(item, rng) for item in asked], order)
+        given, real = (_drawn([getattr(item, side) for item in asked], 1, size_px) for side in ("before", "after"))
+        made = generate(family, prompts, edit_BHWC=given[:, 0], **common)
+        judged = [judge(*pair, item) for *pair, item in zip(given[:, 0], made[:, 0], asked, strict=True)]
+        return Trial(task, asked, prompts, real, given[:, 0], made, judged)
+    asked = list(scenes(UNSEEN_SEED, count, unseen=unseen))
+    prompts = _ordered([caption(item, rng, moving=frames > 1) for item in asked], order)
+    real = _drawn(asked, frames, size_px)
+    first = real[:, 0] if task == "i2v" else None
+    made = generate(family, prompts, images_BHWC=first, **common)
+    return Trial(task, asked, prompts, real, first, made, [result for _, result in graded(made, asked)])
+
+
+def shares(found: Trial) -> Shares:
+    """Return the shares of right answers of a trial.
+
+    Scenes: each attribute and "all"; with a first frame also "identity": colour, shape and background of the whole
+    clip are those of the given picture. Edits: "asked" the change, "kept" the rest, and "all", both at once.
+    """
+    if found.task == "i2i":
+        return edit_shares(found.grades)
+    pairs = list(zip(found.asked, found.grades, strict=True))
+    out = summary(pairs, SHOWN[found.task])
+    if found.task == "i2v":
+        out["identity"] = rate(right(*pair, STILL_ATTRIBUTES) for pair in pairs)
+    return out
+
+
+def edit_shares(judged: Sequence[EditGrade]) -> Shares:
+    """Return the shares of edits with the asked change, with the rest kept, with both."""
+    return {
+        "asked": rate(one.asked for one in judged),
+        "kept": rate(one.kept for one in judged),
+        "all": rate(one.asked and one.kept for one in judged),
+    }
+
+
+def _ordered(prompts: list[str], order: Sequence[int] | None) -> list[str]:
+    return prompts if order is None else [prompts[index] for index in order]
+
+
+def _drawn(items: Sequence[Scene], frames: int, size_px: int) -> Tensor:
+    return torch.stack([draw(item, size_px=size_px, frames=frames) for item in items])
