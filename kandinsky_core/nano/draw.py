@@ -43,10 +43,10 @@ SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "cross": 4}  # turns by 360
 
 EDGE_PX = 2.4  # width of the soft edge
 # What the names leave open, drawn evenly from these ranges; nothing ever touches the border.
-OFFSET = 0.04  # largest distance from the middle at the start, along x and along y
-RADIUS = (0.18, 0.20)  # at the start
-TRAVEL = (0.20, 0.22)
-GROWTH = (1.50, 1.65)  # final radius / first radius; a shrinking shape divides by it
+OFFSET = 0.03  # largest distance from the middle at the start, along x and along y
+RADIUS = (0.21, 0.23)  # at the start
+TRAVEL = (0.18, 0.20)
+GROWTH = (1.50, 1.60)  # final radius / first radius; a shrinking shape divides by it
 TURN = (math.radians(85), math.radians(95))  # clockwise
 JITTER = 0.015  # largest change of a colour channel between clips of one colour name
 HELD_OUT_PAIRS = (
@@ -67,9 +67,9 @@ class Scene:
     motion: str
     background: str
     center: tuple[float, float] = (0.5, 0.5)  # x, y at the start
-    radius: float = 0.19  # at the start
-    travel: float = 0.21  # path of a moving shape
-    growth: float = 1.6  # end radius / start radius of a growing shape
+    radius: float = 0.22  # at the start
+    travel: float = 0.19  # path of a moving shape
+    growth: float = 1.55  # end radius / start radius of a growing shape
     turn: float = math.radians(90)  # of a rotating shape, clockwise
     tint: tuple[float, ...] = (0.0,) * 6  # added to the colour and the background
 

@@ -49,10 +49,10 @@ VIDEO = Course(
         Slice(kind="picture", size_px=128, clips=1000, batch=32),
     ),
     shares=(
-        *clip_shares(0, 1.0), *clip_shares(1, 0.7, 0.4), *clip_shares(2, 0.3, 0.5), *clip_shares(3, 0.3, 0.5),
-        Share(slice=4, weight=0.1), Share(slice=5, weight=0.1, begin=0.4),
+        *clip_shares(0, 1.0), *clip_shares(1, 1.0, 0.35), *clip_shares(2, 0.4, 0.45), *clip_shares(3, 0.2, 0.5),
+        Share(slice=4, weight=0.1), Share(slice=5, weight=0.1, begin=0.35),
     ),
-    steps=16_000,
+    steps=20_000,
 )  # fmt: skip
 IMAGE = Course(
     slices=(

@@ -188,12 +188,13 @@ def graded(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
     return gate(json.loads((run.folder / "grade.json").read_text(encoding="utf-8")))
 
 
+# In the order of their start: the longest chain first, the rest beside it.
 STAGES = {
-    "vae": Stage(work=vae_stage, gate=partial(measured_vae, member="video")),
-    "image_vae": Stage(work=image_vae_stage, gate=partial(measured_vae, member="image")),
     "text": Stage(work=text_stage),
     "latents": Stage(work=latents_stage, needs=("text",)),
     "dit": Stage(work=dit_stage, needs=("latents",), gate=partial(measured_member, member="video")),
+    "vae": Stage(work=vae_stage, gate=partial(measured_vae, member="video")),
+    "image_vae": Stage(work=image_vae_stage, gate=partial(measured_vae, member="image")),
     "image": Stage(work=image_stage, needs=("latents",), gate=partial(measured_member, member="image")),
     "edit": Stage(work=edit_stage, needs=("latents",), gate=partial(measured_member, member="edit")),
     "grade": Stage(work=grade_stage, needs=("vae", "image_vae", "dit", "image", "edit"), gate=graded),
