@@ -34,6 +34,14 @@ IMAGE_FORMS = (
     "on a {background} background there is {a} {color} {shape}",
 )
 
+# For a clip that begins with a given picture: what happens to whatever is seen there.
+CONTINUATION_FORMS = (
+    "it {motion}",
+    "now it {motion}",
+    "the object {motion}",
+    "the shape in the picture {motion}",
+)
+
 
 def _finish(text: str, rng: random.Random) -> str:
     text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
@@ -52,6 +60,12 @@ def caption(scene: Scene, rng: random.Random, *, moving: bool = True) -> str:
     return _finish(rng.choice(CLIP_FORMS if moving else IMAGE_FORMS).format(**words), rng)
 
 
+def continuation(scene: Scene, rng: random.Random) -> str:
+    """Say how a given picture goes on, without naming anything that it shows."""
+    motion = rng.choice(MOTION_PHRASES[scene.motion])
+    return _finish(rng.choice(CONTINUATION_FORMS).format(motion=motion), rng)
+
+
 def language() -> Iterator[str]:
     """Yield sentences that together hold every word and every form of the language."""
     rng = random.Random("language")
@@ -60,3 +74,4 @@ def language() -> Iterator[str]:
             scene = Scene(shape=shape, color=color, motion=motion, background=background)
             yield caption(scene, rng)
             yield caption(scene, rng, moving=False)
+            yield continuation(scene, rng)

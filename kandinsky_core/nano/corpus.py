@@ -17,24 +17,24 @@ from torch import Tensor
 from ..text.encoder import TextEncoder
 from ..train.data import Bucket, Prompts
 from .batch import whole_clips
-from .caption import caption
+from .caption import caption, continuation
 from .draw import Scene, scenes
 from .edit import edits, instruction
 from .latent_basis import LatentBasis
 from .run import Run
-from .text import encode_batch
+from .text import TEMPLATE_OF, encode_batch
 
 PROMPTS = 3  # of a clip
+UNNAMED = 0.6  # share of the prompts of a given picture that do not name what it shows
 EMPTY = 0.1  # share of empty prompts, for classifier-free guidance
 ENCODED = 200  # prompts encoded at once
-TEMPLATES = {"clip": "video", "picture": "image", "edit": "image_edit"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Training data of one kind and size: how much of it there is, and how much of it a step takes."""
 
-    kind: str  # of TEMPLATES
+    kind: str  # of TEMPLATE_OF
     size_px: int
     frames: int = 1
     clips: int
@@ -60,12 +60,18 @@ def make_bucket(run: Run, basis: LatentBasis, encoder: TextEncoder, part: Slice,
         edited = latents_of(before, part, basis).to(run.device)
     else:
         items = list(scenes(stream, part.clips, unseen=False))
-        sentences = [partial(caption, item, rng, moving=part.kind == "clip") for item in items]
+        sentences = [partial(_sentence, part.kind, item, rng) for item in items]
         pictures, edited = [], None
     words = ["" if rng.random() < EMPTY else sentence() for sentence in sentences for _ in range(PROMPTS)]
-    prompts = encode_prompts(encoder, words, TEMPLATES[part.kind], pictures)
+    prompts = encode_prompts(encoder, words, TEMPLATE_OF[part.kind], pictures)
     rows_NK = torch.arange(len(words)).view(-1, PROMPTS)
     return Bucket(latents_of(items, part, basis).to(run.device), rows_NK, prompts, edited)
+
+
+def _sentence(kind: str, item: Scene, rng: random.Random) -> str:
+    if kind == "continuation" and rng.random() < UNNAMED:
+        return continuation(item, rng)
+    return caption(item, rng, moving=kind != "picture")
 
 
 def latents_of(items: Sequence[Scene], part: Slice, basis: LatentBasis) -> Tensor:

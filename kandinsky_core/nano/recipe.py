@@ -16,7 +16,6 @@ class Share:
     slice: int  # of the course
     weight: float  # relative to the other open shares
     begin: float = 0.0  # part of all steps after which it comes in
-    known_frames: int = 0  # leading latent frames given clean (image to video)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,27 +29,26 @@ class Course:
     shift: float = 1.5  # of the training times towards noise
 
 
-def clip_shares(slice: int, weight: float, begin: float = 0.0) -> tuple[Share, ...]:
-    """A third of the clips continues a given picture."""
-    return (
-        Share(slice=slice, weight=0.65 * weight, begin=begin),
-        Share(slice=slice, weight=0.35 * weight, begin=begin, known_frames=1),
-    )
-
-
-# Small clips from the start, larger and longer ones later.
+# Small clips from the start, larger and longer ones later; about a third of the clips continues a given picture.
 VIDEO = Course(
     slices=(
         Slice(kind="clip", size_px=64, frames=17, clips=4000, batch=32),
-        Slice(kind="clip", size_px=128, frames=17, clips=2000, batch=8),
-        Slice(kind="clip", size_px=256, frames=17, clips=400, batch=2),
-        Slice(kind="clip", size_px=64, frames=49, clips=600, batch=12),
+        Slice(kind="continuation", size_px=64, frames=17, clips=2000, batch=32),
         Slice(kind="picture", size_px=64, clips=1500, batch=48),
+        Slice(kind="clip", size_px=128, frames=17, clips=2000, batch=8),
+        Slice(kind="continuation", size_px=128, frames=17, clips=1000, batch=8),
         Slice(kind="picture", size_px=128, clips=1000, batch=32),
+        Slice(kind="clip", size_px=256, frames=17, clips=400, batch=2),
+        Slice(kind="continuation", size_px=256, frames=17, clips=200, batch=2),
+        Slice(kind="clip", size_px=64, frames=49, clips=600, batch=12),
+        Slice(kind="continuation", size_px=64, frames=49, clips=300, batch=12),
     ),
     shares=(
-        *clip_shares(0, 1.0), *clip_shares(1, 1.0, 0.35), *clip_shares(2, 0.4, 0.45), *clip_shares(3, 0.2, 0.5),
-        Share(slice=4, weight=0.1), Share(slice=5, weight=0.1, begin=0.35),
+        Share(slice=0, weight=0.65), Share(slice=1, weight=0.35), Share(slice=2, weight=0.1),
+        Share(slice=3, weight=0.65, begin=0.35), Share(slice=4, weight=0.35, begin=0.35),
+        Share(slice=5, weight=0.1, begin=0.35),
+        Share(slice=6, weight=0.26, begin=0.45), Share(slice=7, weight=0.14, begin=0.45),
+        Share(slice=8, weight=0.13, begin=0.5), Share(slice=9, weight=0.07, begin=0.5),
     ),
     steps=20_000,
 )  # fmt: skip
@@ -79,7 +77,7 @@ class Recipe:
 
     vae: Schedule = autoencoder.VIDEO
     image_vae: Schedule = autoencoder.IMAGE
-    text_steps: int = 600
+    text_steps: int = 1200
     video: Course = VIDEO
     image: Course = IMAGE
     edit: Course = EDIT

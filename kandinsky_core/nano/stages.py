@@ -32,6 +32,8 @@ from .transformer import Lesson, train_transformer
 RECIPE_KEY = "kandinsky5.recipe"  # safetensors metadata: JSON of what the weights were trained with
 VIDEO, IMAGE, EDIT = variant("nano_video"), variant("nano_image"), variant("nano_edit")
 
+STRAY = 0.15  # share of text-to-video clips that begin with a stray frame
+
 Files = dict[str, Path]
 
 
@@ -112,13 +114,15 @@ def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, member: str
     """Train one transformer and save it in float16, as it ships."""
     course = courses(recipe)[member]
     data = read_data(run, member)
-    lessons = [
-        Lesson(
-            bucket=data[share.slice], batch=course.slices[share.slice].batch, weight=share.weight, begin=share.begin,
-            known_frames=share.known_frames,
-        )
-        for share in course.shares
-    ]  # fmt: skip
+    lessons = []
+    for share in course.shares:
+        part = course.slices[share.slice]
+        lessons.append(
+            Lesson(
+                bucket=data[share.slice], batch=part.batch, weight=share.weight, begin=share.begin,
+                known_frames=int(part.kind == "continuation"), stray=STRAY if part.kind == "clip" else 0.0,
+            )
+        )  # fmt: skip
     model = train_transformer(run, stage, row.spec, lessons, steps=course.steps, lr=course.lr, shift=course.shift)
     halves = {name: value.detach().cpu().half() for name, value in model.state_dict().items()}
     save_checkpoint(path, halves, {**spec_metadata(row), **facts(run, **asdict(course))})

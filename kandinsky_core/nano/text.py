@@ -19,7 +19,7 @@ from ..text.images import patches
 from ..text.templates import TEMPLATES, get_template
 from ..text.tokens import CLIP_TOKENS, CLIPTokenizer, QwenTokenizer, load_clip_tokenizer, load_qwen_tokenizer
 from ..text.vision import image_states, positions
-from .caption import caption, language
+from .caption import caption, continuation, language
 from .draw import BACKGROUNDS, COLORS, MOTIONS, SHAPES, draw, scene
 from .edit import KINDS, Edit, edit, instruction, instructions_language
 from .run import Run, train
@@ -45,7 +45,8 @@ CAPTION_LABELS = {
 EDIT_LABELS = {"kind": tuple(KINDS)} | {f"new_{kind}": (UNCHANGED, *names) for kind, names in KINDS.items()}
 LABELS = CAPTION_LABELS | EDIT_LABELS
 SMOOTHING = 0.15  # of the labels: without it a word learns to deny what training never shows it with
-TASKS = {"video": 0.45, "image": 0.15, "image_edit": 0.4}  # share of the training steps of each template
+TEMPLATE_OF = {"clip": "video", "continuation": "video", "picture": "image", "edit": "image_edit"}  # kinds of prompts
+SHARES = {"clip": 0.4, "continuation": 0.1, "picture": 0.12, "edit": 0.38}  # of the training steps
 PICTURE_PX = (128, 256)  # sides of the pictures to edit
 
 
@@ -195,16 +196,18 @@ def edit_labels(wanted: Edit) -> dict[str, str]:
 
 
 def examples(
-    rng: random.Random, template: str, count: int, *, unseen: bool
+    rng: random.Random, kind: str, count: int, *, unseen: bool
 ) -> tuple[list[str], list[Tensor], list[Mapping[str, str]]]:
-    """Draw prompts for a template, pictures `[3,H,W]` in -1…1 if it takes any, and each prompt's labels."""
-    if template == "image_edit":
+    """Draw prompts of a kind, pictures `[3,H,W]` in -1…1 if they speak of any, and each prompt's labels."""
+    if kind == "edit":
         wanted = [edit(rng.randrange(2**31), 0, unseen=unseen) for _ in range(count)]
         side_px = rng.choice(PICTURE_PX)
         images = [draw(item.before, size_px=side_px, frames=1)[0].movedim(-1, 0) * 2 - 1 for item in wanted]
         return [instruction(item, rng) for item in wanted], images, [edit_labels(item) for item in wanted]
-    moving = template == "video"
     scenes = [scene(rng.randrange(2**31), 0, unseen=unseen) for _ in range(count)]
+    if kind == "continuation":
+        return [continuation(item, rng) for item in scenes], [], [{"motion": item.motion} for item in scenes]
+    moving = kind == "clip"
     shown = [
         {name: item.names[name] for name in CAPTION_LABELS if moving or name != "motion"} for item in scenes
     ]
@@ -217,26 +220,26 @@ def targets(labels: Sequence[Mapping[str, str]], name: str, device: torch.device
 
 
 def reading_loss(reader: Reader, rng: random.Random, batch: int) -> Tensor:
-    """Draw a batch for one template and return the sum of the questions' cross entropies."""
-    template = rng.choices(tuple(TASKS), tuple(TASKS.values()))[0]
-    prompts, images, labels = examples(rng, template, batch, unseen=False)
+    """Draw a batch of one kind and return the sum of the questions' cross entropies."""
+    kind = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+    prompts, images, labels = examples(rng, kind, batch, unseen=False)
     losses = [
         F.cross_entropy(logits, targets(labels, name, logits.device), label_smoothing=SMOOTHING)
-        for _, name, logits in reader.answers(prompts, template, images, tuple(labels[0]))
+        for _, name, logits in reader.answers(prompts, TEMPLATE_OF[kind], images, tuple(labels[0]))
     ]
     return torch.stack(losses).sum()
 
 
 @torch.no_grad()
 def reading_shares(reader: Reader, count: int, *, batch: int = 50) -> dict[str, float]:
-    """Return the share of right answers on held-out combinations, by template, tower and label."""
+    """Return the share of right answers on held-out combinations, by kind of prompt, tower and label."""
     right: dict[str, int] = {}
     rng = random.Random("reading")
-    for template in TASKS:
+    for kind, template in TEMPLATE_OF.items():
         for _ in range(count // batch):
-            prompts, images, labels = examples(rng, template, batch, unseen=True)
+            prompts, images, labels = examples(rng, kind, batch, unseen=True)
             for tower, name, logits in reader.answers(prompts, template, images, tuple(labels[0])):
-                key = f"{template}/{tower}/{name}"
+                key = f"{kind}/{tower}/{name}"
                 hits = logits.argmax(1) == targets(labels, name, logits.device)
                 right[key] = right.get(key, 0) + int(hits.sum())
     return {key: hits / (count // batch * batch) for key, hits in right.items()}

@@ -30,7 +30,8 @@ class Lesson:
     batch: int
     weight: float  # relative to the other open lessons
     begin: float = 0.0  # part of all steps after which it comes in
-    known_frames: int = 0  # leading latent frames given clean (image to video)
+    known_frames: int = 0  # leading latent frames given clean and marked in the mask (image to video)
+    stray: float = 0.0  # share of clips whose first frame is another clip's, clean but not marked: not to be followed
 
 
 def optimizers(model: CrossDiT, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -45,6 +46,18 @@ def optimizers(model: CrossDiT, lr: float, dtype: torch.dtype) -> list[torch.opt
         Muon(inner, lr=lr, dtype=dtype),
         torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
     ]
+
+
+def put_strays(clean_BCTHW: Tensor, noise_BCTHW: Tensor, chosen_B: Tensor) -> None:
+    """Put another clip's first frame, free of noise, at the start of the chosen clips, in place.
+
+    Data and noise are made the same there, so the model sees the frame clean at every time and its velocity is zero.
+    Without such clips a clean frame alone gives the start away and the mask means nothing.
+    """
+    chosen_B = chosen_B.to(clean_BCTHW.device)
+    strays_BCHW = clean_BCTHW[:, :, 0].roll(1, 0)[chosen_B]
+    clean_BCTHW[chosen_B, :, 0] = strays_BCHW
+    noise_BCTHW[chosen_B, :, 0] = strays_BCHW
 
 
 def train_transformer(
@@ -68,6 +81,8 @@ def train_transformer(
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         time_B = logit_normal_times(lesson.batch, generator, shift=shift)
         known = Known(clean[:, :, : lesson.known_frames] if lesson.known_frames else None, edit)
+        if lesson.stray:
+            put_strays(clean, noise, torch.rand(lesson.batch, generator=generator) < lesson.stray)
         with (
             torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32),
             sdpa_kernel(SDPBackend.MATH),  # masked text attention: few keys, and a several times faster backward

@@ -133,12 +133,12 @@ def test_held_out_combinations_never_reach_training(monkeypatch):
             return seen[-1]
 
         monkeypatch.setattr(text, name, noted)
-    for template in text.TASKS:
-        text.examples(random.Random(0), template, 60, unseen=False)
+    for kind in text.TEMPLATE_OF:
+        text.examples(random.Random(0), kind, 60, unseen=False)
     scenes = [
         scene for item in seen for scene in ((item.before, item.after) if isinstance(item, Edit) else (item,))
     ]
-    assert len(seen) == 60 * len(text.TASKS) and not any(map(draw.held_out, scenes))
+    assert len(seen) == 60 * len(text.TEMPLATE_OF) and not any(map(draw.held_out, scenes))
 
 
 def test_labels_say_what_an_instruction_changes():
