@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sampling.conditioning import Known, TextCondition
-from ..sampling.flow import Velocity, guide, noise, sample, velocity_of
+from ..sampling.flow import guide, noise, sample, velocity_of
 from ..sampling.schedule import timesteps
 from ..shapes import VideoShape
 from .codec import clips, pixels
@@ -33,35 +33,36 @@ def generate(
     row = replace(family.variant, **settings)
     shape = VideoShape(width_px=size_px, height_px=size_px, frames=frames)
     times = timesteps(row.steps, row.shift)
-    # The editing template expects a picture that the nano text tower cannot see; instructions are ordinary prompts.
-    template = "video" if frames > 1 else "image"
     batch = max(1, (BATCH_TOK if family.device.type == "cpu" else BATCH_TOK_GPU) // shape.tokens)
+    latent = (1, family.transformer.spec.in_visual_dim, *shape.latent_thw)
     out = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
-        known = _known(family, images_BHWC, edit_BHWC, slice(start, start + batch))
-
-        def velocity(texts: list[str], known: Known = known) -> Velocity:
-            features, mask, pooled = encode_batch(family.text, texts, template)
-            condition = TextCondition(features, pooled, mask)
-            return velocity_of(
-                family.transformer, condition, dtype=torch.float32, rope_scale=row.rope_scale, known=known
+        first, edit = (
+            None if given is None else pixels(given[start : start + batch, None].to(family.device))
+            for given in (images_BHWC, edit_BHWC)
+        )
+        known = Known(
+            frames_BCTHW=None if first is None else family.vae.encode(first).float(),
+            edit_BCTHW=None if edit is None else family.vae.encode(edit).float(),
+        )
+        velocities = [
+            velocity_of(
+                family.transformer, condition(family, texts, frames, edit), dtype=torch.float32,
+                rope_scale=row.rope_scale, known=known,
             )
-
+            for texts in (part, [row.negative] * (1 if edit is None else len(part)))
+        ]  # fmt: skip
         # One draw per clip, so that a clip does not depend on its neighbours in the batch.
-        latent = (1, family.transformer.spec.in_visual_dim, *shape.latent_thw)
-        x_BCTHW = torch.cat([noise(latent, seed + start + index) for index in range(len(part))]).to(family.device)
-        guided = guide(velocity(part), velocity([row.negative]), row.guidance)
-        out.append(clips(family.vae.decode(sample(guided, x_BCTHW, times, known=known))))
+        x_BCTHW = torch.cat([noise(latent, seed + start + index) for index in range(len(part))])
+        z_BCTHW = sample(guide(*velocities, row.guidance), x_BCTHW.to(family.device), times, known=known)
+        out.append(clips(family.vae.decode(z_BCTHW)))
     return torch.cat(out)
 
 
-def _known(family: Family, images_BHWC: Tensor | None, edit_BHWC: Tensor | None, rows: slice) -> Known:
-    """Encode the given pictures of a batch."""
-
-    def encoded(given_BHWC: Tensor | None) -> Tensor | None:
-        if given_BHWC is None:
-            return None
-        return family.vae.encode(pixels(given_BHWC[rows, None].to(family.device))).float()
-
-    return Known(frames_BCTHW=encoded(images_BHWC), edit_BCTHW=encoded(edit_BHWC))
+def condition(family: Family, texts: Sequence[str], frames: int, edit_BCTHW: Tensor | None) -> TextCondition:
+    """Encode prompts in the template of their task; with pictures to edit, -1…1, the text encoder sees them too."""
+    template = "image_edit" if edit_BCTHW is not None else "video" if frames > 1 else "image"
+    pictures = () if edit_BCTHW is None else list(edit_BCTHW[:, :, 0])
+    features_BLD, mask_BL, pooled_BP = encode_batch(family.text, texts, template, pictures)
+    return TextCondition(features_BLD, pooled_BP, mask_BL)

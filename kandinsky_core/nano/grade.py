@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draw import BACKGROUNDS, COLORS, SHAPES, SYMMETRY, Scene, coverage
+from .draw import BACKGROUNDS, COLORS, GROWTH, SHAPES, SYMMETRY, TRAVEL, TURN, Scene, coverage
 
 NOTHING = "none"
 ATTRIBUTES = ("color", "shape", "motion", "background")
@@ -26,8 +26,12 @@ TEMPLATE_CELLS = 28  # side of the normalised object window
 TEMPLATE_REACH = 1.75  # half side of that window in radii of a disc of the object's area
 TEMPLATE_ANGLES = 16  # rotations per symmetry period
 LEAST_OVERLAP = 0.70  # soft intersection over union below which nothing is recognised
-# Change over the whole clip that counts as motion, and the typical change that makes the kinds comparable.
-MOTION_TYPICAL = {"shift": 0.19, "growth": 0.88, "turn": math.radians(90)}
+# Change over the whole clip that is typical of drawn ones and makes the kinds comparable; the area grows squared.
+MOTION_TYPICAL = {
+    "shift": sum(TRAVEL) / 2,
+    "growth": 2 * math.log(sum(GROWTH) / 2),
+    "turn": sum(TURN) / 2,
+}
 MOTION_LEAST = 0.45  # of the typical change
 
 
