@@ -59,8 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make a clip or picture from a prompt")
     generate.add_argument("--prompt", required=True, help="what to show")
     generate.add_argument("--negative", help="what to avoid (default: as released)")
-    generate.add_argument("--image", type=Path, help="start image; makes a clip that begins with it")
-    generate.add_argument("--model", default="nano", help="'nano' (built in), a path, or a name in the models folder")
+    generate.add_argument("--image", type=Path, help="picture that a clip begins with, or that is edited")
+    generate.add_argument(
+        "--model", default="nano",
+        help="'nano', 'nano-image' or 'nano-edit' (built in), a path, or a name in the models folder",
+    )  # fmt: skip
     generate.add_argument("--text-encoder", help="Qwen2.5-VL: path or name")
     generate.add_argument("--clip", help="CLIP ViT-L/14: path or name")
     generate.add_argument("--vae", help="autoencoder: path or name")

@@ -11,10 +11,14 @@ from ..kandinsky_core.errors import CheckpointError, ShapeError
 from ..kandinsky_core.io import identify, open_checkpoint
 from ..kandinsky_core.variants import Variant
 from ..nodes import files
+from ..nodes.editing import AS_IMAGE
 from ..nodes.host_standalone import StandaloneHost
+from ..nodes.size import CUSTOM
 from .graph import Call, Graph, Link
 
-NANO = "nano"
+# Short names of the built-in models, and what `nano.files` calls them and the autoencoders they need.
+NANO = {"nano": "model", "nano-image": "image_model", "nano-edit": "edit_model"}
+NANO_VAES = {"hunyuan": "vae", "flux": "image_vae"}
 
 # Usual file names of what goes with the published weights, for text encoders and autoencoders not named by the user.
 USUAL = {
@@ -32,7 +36,7 @@ class Wish:
     prompt: str
     negative: str | None = None
     image: Path | None = None
-    model: str = NANO
+    model: str = "nano"
     text_encoder: str | None = None
     clip: str | None = None
     vae: str | None = None
@@ -49,17 +53,20 @@ class Wish:
 
 def build(wish: Wish, host: StandaloneHost) -> Graph:
     """Return the graph that fulfils the wish; files given as paths are made known to `host`."""
-    model = _choose(files.MODEL, wish.model, (), wish.model == NANO, host)
+    model = _choose(
+        files.MODEL, files.built_in(NANO[wish.model]) if wish.model in NANO else wish.model, (), host
+    )
     path = files.locate(files.MODEL, model)
     row = identify(open_checkpoint(path), wish.variant).variant
-    if wish.image is not None and not row.spec.visual_cond:
-        raise ShapeError(
-            f"{row.title} takes no start image. Leave out --image, or use a model that continues one (--model nano)."
-        )
-    is_nano = model.endswith(files.BUILT_IN)
-    text = _choose(files.TEXT_ENCODER, wish.text_encoder, USUAL[files.TEXT_ENCODER], is_nano, host)
-    clip = _choose(files.CLIP_ENCODER, wish.clip, USUAL[files.CLIP_ENCODER], is_nano, host)
-    vae = _choose(files.VAE, wish.vae, USUAL[row.vae.kind], is_nano, host)
+    _check_image(wish, row)
+
+    def companion(kind: str, given: str | None, key: str, usual: tuple[str, ...]) -> str:
+        is_own = given is None and model.endswith(files.BUILT_IN)
+        return _choose(kind, files.built_in(key) if is_own else given, usual, host)
+
+    text = companion(files.TEXT_ENCODER, wish.text_encoder, "text_encoder", USUAL[files.TEXT_ENCODER])
+    clip = companion(files.CLIP_ENCODER, wish.clip, "clip", USUAL[files.CLIP_ENCODER])
+    vae = companion(files.VAE, wish.vae, NANO_VAES[row.vae.kind], USUAL[row.vae.kind])
 
     graph: Graph = {}
 
@@ -72,35 +79,48 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
     encoders = add("K5LoadTextEncoder", qwen_name=text, clip_name=clip, dtype=wish.dtype)
     autoencoder = add("K5LoadVAE", vae_name=vae, dtype="auto")
     size = _size(wish, row)
-    encoded = add(
-        "K5EncodeText",
-        clip=Link(encoders, 0),
-        model=Link(loaded, 0),
-        prompt=wish.prompt,
-        negative_prompt=row.negative if wish.negative is None else wish.negative,
-        template="auto" if size["length"] > 1 else "image",
-        max_tokens=0,
-    )
-    conditioning, latent = (Link(encoded, 0), Link(encoded, 1)), None
-    if wish.image is not None:
-        picture = add("LoadImage", image=str(wish.image))
+    words = {
+        "clip": Link(encoders, 0),
+        "model": Link(loaded, 0),
+        "prompt": wish.prompt,
+        "negative_prompt": row.negative if wish.negative is None else wish.negative,
+    }
+    picture = None if wish.image is None else Link(add("LoadImage", image=str(wish.image)), 0)
+    if picture is not None and row.spec.instruct_type is not None:
         start = add(
-            "K5ImageToVideo",
-            positive=conditioning[0],
-            negative=conditioning[1],
+            "K5ImageEdit",
+            **words,
             vae=Link(autoencoder, 0),
-            start_image=Link(picture, 0),
-            batch_size=1,
+            image=picture,
+            size=AS_IMAGE if wish.width is None and wish.height is None else CUSTOM,
+            width=size["width"],
+            height=size["height"],
             fit="crop",
-            **size,
         )
-        conditioning, latent = (Link(start, 0), Link(start, 1)), Link(start, 2)
+        latent = Link(start, 2)
+    else:
+        template = "auto" if size["length"] > 1 else "image"
+        start = add("K5EncodeText", **words, template=template, max_tokens=0)
+        if picture is None:
+            latent = Link(add("K5EmptyLatent", batch_size=1, **size), 0)
+        else:
+            start = add(
+                "K5ImageToVideo",
+                positive=Link(start, 0),
+                negative=Link(start, 1),
+                vae=Link(autoencoder, 0),
+                start_image=picture,
+                batch_size=1,
+                fit="crop",
+                **size,
+            )
+            latent = Link(start, 2)
     sampled = add(
         "K5Sample",
         model=Link(loaded, 0),
-        positive=conditioning[0],
-        negative=conditioning[1],
-        latent=latent or Link(add("K5EmptyLatent", batch_size=1, **size), 0),
+        positive=Link(start, 0),
+        negative=Link(start, 1),
+        latent=latent,
         seed=wish.seed,
         steps=wish.steps or 0,
         cfg=-1.0 if wish.guidance is None else wish.guidance,
@@ -127,17 +147,28 @@ def _size(wish: Wish, row: Variant) -> dict[str, int]:
     }
 
 
-def _choose(kind: str, given: str | None, usual: tuple[str, ...], is_nano: bool, host: StandaloneHost) -> str:
-    """Return the loader's name for a file: built in, given as path or name, or the usual one in the models folder."""
+def _check_image(wish: Wish, row: Variant) -> None:
+    """Refuse a picture that the model has no use for, and a length where the picture is edited."""
+    if wish.image is None:
+        return
+    is_editing = row.spec.instruct_type is not None
+    if not (row.spec.visual_cond or is_editing):
+        raise ShapeError(
+            f"{row.title} takes no picture. Leave out --image, or use a model that continues one (--model nano) or "
+            "changes one (--model nano-edit)."
+        )
+    if is_editing and wish.frames not in (None, 1):
+        raise ShapeError(f"{row.title} changes a picture; it has no {wish.frames} frames. Leave out --frames.")
+
+
+def _choose(kind: str, given: str | None, usual: tuple[str, ...], host: StandaloneHost) -> str:
+    """Return the loader's name for a file: given as path or name, or the usual one in the models folder."""
     names = files.names(kind)
-    if is_nano and given in (None, NANO):
-        found = next((name for name in names if name.endswith(files.BUILT_IN)), None)
-        if found is None:
-            raise CheckpointError("The built-in nano weights are missing from this installation. Install it again.")
-        return found
     if given is not None:
         if given in names:
             return given
+        if given.endswith(files.BUILT_IN):
+            raise CheckpointError(f"{given} is missing from this installation. Install it again.")
         path = Path(given).expanduser()
         if not path.exists():
             raise CheckpointError(

@@ -63,7 +63,11 @@ def is_model_folder(folder: Path) -> bool:
     return isinstance(config, dict) and any(key in config for key in CLASS_KEYS)
 
 
+def built_in(key: str) -> str:
+    """Return the name in the loaders' lists of what `nano.files` calls `key`, whether it is there or not."""
+    return f"nano/{nano.files()[key].name}{BUILT_IN}"
+
+
 def _built_in(kind: str) -> dict[str, Path]:
-    known = nano.files()
-    paths = (known[name] for name in BUILT_IN_KINDS[kind])
-    return {f"nano/{path.name}{BUILT_IN}": path for path in paths if path.exists()}
+    paths = nano.files()
+    return {built_in(key): paths[key] for key in BUILT_IN_KINDS[kind] if paths[key].exists()}

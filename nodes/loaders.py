@@ -34,7 +34,7 @@ class K5LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=files.names(files.MODEL),
-                    tooltip="Weights from models/diffusion_models or models/checkpoints, or the built-in nano model.",
+                    tooltip="Weights from models/diffusion_models or models/checkpoints, or a built-in nano model.",
                 ),
                 io.Combo.Input(
                     "variant",

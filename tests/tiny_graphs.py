@@ -78,6 +78,20 @@ def text_to_image(model: str = tiny.IMAGE, width: int = 64, height: int = 48, **
     }
 
 
+def edit(image: list[Any], width: int = 64, height: int = 48, **changes: Any) -> Graph:
+    """Image (a link) and an instruction to a decoded picture; node ids: model, clip, vae, edit, sample, decode."""
+    made = loaders(tiny.EDIT, tiny.IMAGE_VAE)
+    del made["text"]
+    return made | {
+        "edit": node(
+            "K5ImageEdit", clip=["clip", 0], vae=["vae", 0], image=image, prompt="make it red", negative_prompt="",
+            size="custom", width=width, height=height, fit="crop", model=["model", 0],
+        ),
+        "sample": sampler("edit", ("edit", 2), **changes),
+        "decode": node("K5VAEDecode", vae=["vae", 0], latent=["sample", 0]),
+    }  # fmt: skip
+
+
 def save(**links: list[Any]) -> dict[str, Any]:
     """The test node that writes values to a file (in ComfyUI, with the host tests' nodes)."""
     return node("K5TestSave", **links)

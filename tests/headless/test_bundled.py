@@ -27,7 +27,8 @@ def load(path):
 
 
 def test_the_promised_workflows_are_there():
-    assert {path.stem for path in FILES} >= {"t2v_nano", "i2v_nano", "t2v_lite_5s", "i2v_lite_5s", "t2i_lite"}
+    nano = {"t2v_nano", "i2v_nano", "t2i_nano", "edit_nano"}
+    assert {path.stem for path in FILES} >= nano | {"t2v_lite_5s", "i2v_lite_5s", "t2i_lite"}
 
 
 @every_workflow
@@ -170,3 +171,16 @@ def test_nano_workflows_run_as_they_are(run, name):
     assert video.frames_THW3.shape == (17, 64, 64, 3)
     assert video.fps == 8
     assert {"workflow", "prompt", "kandinsky5"} <= video.metadata.keys()
+
+
+@pytest.mark.parametrize("name", ["t2i_nano", "edit_nano"])
+def test_image_nano_workflows_run_as_they_are(run, stand_ins, name):
+    assert read_image(run(name)).pixels_1HW3.shape == (1, 128, 128, 3)
+
+
+def test_the_edited_picture_follows_the_one_before_it(run, stand_ins):
+    first, same, other = (
+        read_image(run("edit_nano", "--set", f"Picture sampler.seed={seed}")).pixels_1HW3 for seed in (7, 7, 8)
+    )
+    assert torch.equal(first, same)
+    assert (first - other).abs().mean() > 0.01

@@ -97,7 +97,27 @@ def test_a_start_image_for_an_image_model_is_refused_before_anything_runs(cli, t
     image = [*TINY, "--model", tiny.IMAGE, "--vae", tiny.IMAGE_VAE, "--image", "start.png"]
     code, _, err = cli("generate", "--prompt", "a lighthouse", *image, *SMALL)
     assert code == 2
-    assert "takes no start image. Leave out --image" in err
+    assert "takes no picture. Leave out --image" in err
+
+
+EDIT = [*TINY, "--model", tiny.EDIT, "--vae", tiny.IMAGE_VAE, "--steps", "2", "--image", "start.png"]
+
+
+def test_an_editing_model_changes_the_picture(cli, tmp_path):
+    made = []
+    for shade in (0.1, 0.9):
+        write_png(tmp_path / "start.png", torch.full((40, 80, 3), shade))
+        code, out, err = cli("generate", "--prompt", "make it red", *EDIT, *SMALL)
+        assert code == 0, err
+        made.append(read_image(out.splitlines()[-1]).pixels_1HW3)
+    assert made[0].shape == (1, 48, 64, 3)
+    assert (made[0] - made[1]).abs().mean() > 0.01
+
+
+def test_a_length_for_an_edit_is_refused(cli, tmp_path):
+    write_png(tmp_path / "start.png", torch.zeros(48, 64, 3))
+    code, _, err = cli("generate", "--prompt", "make it red", *EDIT, "--frames", "5")
+    assert code == 2 and "it has no 5 frames" in err
 
 
 def test_files_of_one_name_from_two_folders_stay_apart(cli, models, tmp_path):

@@ -1,15 +1,16 @@
-"""The nano workflows in ComfyUI: the same file gives the same clip as without ComfyUI."""
+"""The nano workflows in ComfyUI: the same file gives the same clip or picture as without ComfyUI."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from comfyui_kandinsky5.headless.cli import main, node_types
 from comfyui_kandinsky5.headless.graph import to_api
 from comfyui_kandinsky5.headless.workflow import parse, read_document
-from comfyui_kandinsky5.kandinsky_core.io.media import read_video
+from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video
 from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 
@@ -17,6 +18,7 @@ FOLDER = Path(__file__).parents[2] / "workflows"
 NANO = ("t2v_nano", "i2v_nano")
 # What is left between equal computations is H.264, which the two savers set differently.
 CODEC_TOLERANCE = 0.02  # mean absolute difference, 0…1
+PICTURE_TOLERANCE = 0.005  # PNG loses nothing; what is left is rounding
 
 
 @pytest.fixture
@@ -40,6 +42,23 @@ def test_the_clip_is_the_same_with_and_without_comfyui(server, standalone, tmp_p
     assert inside.fps == outside.fps == 8
     assert (inside.frames_THW3 - outside.frames_THW3).abs().mean() < CODEC_TOLERANCE
     assert json.loads(inside.metadata["workflow"]) == json.loads(outside.metadata["workflow"]) == document
+
+
+@pytest.mark.parametrize("name", ["t2i_nano", "edit_nano"])
+def test_the_picture_is_the_same_with_and_without_comfyui(server, standalone, tmp_path, capsys, name):
+    """With random weights of the nanos' sizes, which lie in the server's models folder."""
+    file = tmp_path / f"{name}.json"
+    text = (FOLDER / f"{name}.json").read_text(encoding="utf-8")
+    file.write_text(re.sub(r"nano/(\S+) \[built-in\]", r"\1", text), encoding="utf-8")
+    door.install(StandaloneHost(models=server.base / "models", device="cpu"))
+    graph = parse(read_document(file), node_types())
+    saver = next(call.id for call in graph.values() if call.type == "SaveImage")
+    inside = read_image(server.file(server.run(to_api(graph))[saver]["images"][0])).pixels_1HW3
+    command = ["run", str(file), "--models", str(server.base / "models"), "--out", str(tmp_path)]
+    assert main([*command, "--device", "cpu", "--quiet"]) == 0
+    outside = read_image(capsys.readouterr().out.splitlines()[-1]).pixels_1HW3
+    assert inside.shape == outside.shape == (1, 128, 128, 3)
+    assert (inside - outside).abs().mean() < PICTURE_TOLERANCE
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.io import save_checkpoint
-from tiny_graphs import PICTURE, image_to_video, loaders, node, sampler, save, text_to_image, text_to_video
+from tiny_graphs import (
+    PICTURE,
+    edit,
+    image_to_video,
+    loaders,
+    node,
+    sampler,
+    save,
+    text_to_image,
+    text_to_video,
+)
 from torch.testing import assert_close
 
 EVERYTHING = {"save": save(latent=["sample", 0], image=["decode", 0], conditioning=["text", 0])}
@@ -58,6 +68,19 @@ def test_core_sampler_reads_our_start_image(saved):
     theirs = saved(graph | {"save": save(latent=["sample", 0])})
     # Beyond the frames that our sampler puts back and normalises, both are the same run.
     assert_close(theirs["latent"][:, :, 4:], ours["latent"][:, :, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_core_sampler_reads_our_picture_to_edit(saved):
+    graph = edit(["picture", 0], cfg=3.5) | PICTURE
+    ours = saved(graph | {"save": save(latent=["sample", 0], conditioning=["edit", 1])})
+    assert ours["concat_latent_image0"].shape == (1, 16, 6, 8)  # the negative prompt has it, too
+    graph["sample"] = core_sampler() | {"inputs": core_sampler()["inputs"] | {
+        "positive": ["edit", 0], "negative": ["edit", 1], "latent_image": ["edit", 2], "cfg": 3.5,
+    }}  # fmt: skip
+    assert_close(saved(graph | {"save": save(latent=["sample", 0])})["latent"], ours["latent"], atol=1e-4, rtol=1e-4)
+    graph["picture"] = node("EmptyImage", **PICTURE["picture"]["inputs"] | {"color": 0x2060C0})
+    other = saved(graph | {"save": save(latent=["sample", 0])})["latent"]
+    assert (other - ours["latent"]).abs().max() > 1e-2
 
 
 def test_start_frame_is_kept_and_normalisation_can_be_chosen(saved):

@@ -16,7 +16,7 @@ from comfyui_kandinsky5.nodes import node_list
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 from comfyui_kandinsky5.nodes.standalone_io import io
 from PIL import Image
-from tiny_graphs import image_to_video, node, save, text_to_image, text_to_video
+from tiny_graphs import edit, image_to_video, node, save, text_to_image, text_to_video
 from torch.testing import assert_close
 
 # Different torch releases on both sides; four steps of a random network amplify their rounding.
@@ -85,6 +85,17 @@ def test_both_hosts_agree_on_a_start_image(server, saved, headless, tmp_path):
     Image.fromarray(picture.numpy()).save(path)
     graph = image_to_video(["picture", 0]) | SAVE
     theirs = saved(graph | {"picture": node("LoadImage", image="start.png")})
+    ours = headless(graph | {"picture": node("LoadImage", image=str(path))})
+    assert_close(theirs["latent"], ours["latent"], **TOLERANCE)
+    assert_close(theirs["image"], ours["image"], **TOLERANCE)
+
+
+def test_both_hosts_agree_on_an_edited_picture(server, saved, headless):
+    picture = (torch.arange(96 * 64 * 3) * 7919 % 256).byte().reshape(64, 96, 3)
+    path = server.base / "input" / "edit.png"
+    Image.fromarray(picture.numpy()).save(path)
+    graph = edit(["picture", 0]) | SAVE
+    theirs = saved(graph | {"picture": node("LoadImage", image="edit.png")})
     ours = headless(graph | {"picture": node("LoadImage", image=str(path))})
     assert_close(theirs["latent"], ours["latent"], **TOLERANCE)
     assert_close(theirs["image"], ours["image"], **TOLERANCE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from comfyui_kandinsky5.nodes import host
+from comfyui_kandinsky5.kandinsky_core import nano
+from comfyui_kandinsky5.nodes import files, host
 from comfyui_kandinsky5.nodes.files import is_model_folder
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 from comfyui_kandinsky5.nodes.loaders import K5LoadModel, K5LoadTextEncoder
@@ -32,6 +33,21 @@ def test_fitting_variant_is_valid(variant):
 @pytest.mark.parametrize(("variant", "words"), [("pro_t2v_5s_sd", "another model"), ("no such", "Unknown variant")])
 def test_contradicting_variant_is_named(variant, words):
     assert words in K5LoadModel.validate_inputs(tiny.VIDEO, variant)
+
+
+def test_every_built_in_file_is_offered_and_the_video_one_first(tmp_path, monkeypatch):
+    paths = nano.files(tmp_path)
+    monkeypatch.setattr(nano, "files", lambda: paths)
+    assert not any(name.endswith(files.BUILT_IN) for kind in files.FOLDERS for name in files.names(kind))
+    for path in paths.values():
+        path.touch()
+    offered = {kind: [n for n in files.names(kind) if n.endswith(files.BUILT_IN)] for kind in files.FOLDERS}
+    assert offered[files.MODEL] == [files.built_in(key) for key in ("model", "image_model", "edit_model")]
+    assert offered[files.VAE] == [files.built_in(key) for key in ("vae", "image_vae")]
+    assert [len(names) for names in offered.values()] == [3, 1, 1, 2]
+    for kind, names in offered.items():
+        assert files.names(kind)[0] == names[0]
+        assert {files.locate(kind, name) for name in names} <= set(paths.values())
 
 
 def test_text_encoders_are_told_apart():

@@ -1,0 +1,46 @@
+"""The graph for one wish: which built-in files go together, and which nodes a picture calls for."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_kandinsky5.headless.generate import Wish, build
+from comfyui_kandinsky5.headless.graph import Link
+from comfyui_kandinsky5.kandinsky_core import nano
+from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError
+from comfyui_kandinsky5.nodes.files import built_in
+
+
+def calls(host, **wish):
+    """Inputs of the graph's nodes by type."""
+    graph = build(Wish(prompt="a red circle", **wish), host)
+    return {call.type: call.inputs for call in graph.values()}
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "vae"),
+    [("nano-image", "image_model", "image_vae"), ("nano-edit", "edit_model", "image_vae")],
+)
+def test_built_in_models_bring_their_companions(host, stand_ins, model, key, vae):
+    made = calls(host, model=model)
+    assert made["K5LoadModel"]["model_name"] == built_in(key)
+    assert made["K5LoadVAE"]["vae_name"] == built_in(vae)
+    assert made["K5LoadTextEncoder"]["qwen_name"] == built_in("text_encoder")
+    assert made["K5EmptyLatent"]["length"] == 1 and "SaveImage" in made
+    assert made == calls(host, model=built_in(key))
+
+
+def test_a_picture_for_an_editing_model_is_edited_at_its_own_shape(host, stand_ins, tmp_path):
+    made = calls(host, model="nano-edit", image=tmp_path / "picture.png")
+    assert made["K5ImageEdit"]["size"] == "as the image"
+    assert isinstance(made["K5ImageEdit"]["model"], Link)
+    assert made["K5Sample"]["latent"].slot == 2
+    assert not {"K5EncodeText", "K5EmptyLatent", "K5ImageToVideo"} & made.keys()
+    chosen = calls(host, model="nano-edit", image=tmp_path / "picture.png", width=64)["K5ImageEdit"]
+    assert (chosen["size"], chosen["width"], chosen["height"]) == ("custom", 64, 128)
+
+
+def test_a_missing_built_in_file_is_named(host, tmp_path, monkeypatch):
+    paths = nano.files(tmp_path)
+    monkeypatch.setattr(nano, "files", lambda: paths)
+    with pytest.raises(CheckpointError, match="k5_nano_edit.* is missing from this installation"):
+        calls(host, model="nano-edit")
