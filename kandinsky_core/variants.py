@@ -5,9 +5,11 @@ Sources: the published YAML configurations and paper (arXiv 2511.14993) tables 3
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from .errors import VariantError
+from .shapes import VAE_SPATIAL
 
 # (height, width) in pixels, as published.
 SIZES_512 = ((512, 512), (512, 768), (768, 512))
@@ -116,16 +118,25 @@ class Variant:
     guidance: float
     shift: float
     qwen_tokens: int  # user tokens kept after the template is cropped
-    rope_scale: tuple[float, float, float]
+    rope_scale: tuple[float, float, float]  # divisors of the positions along time, height, width
     sizes: tuple[tuple[int, int], ...]  # (height, width) in pixels
     frames: tuple[int, ...]
     fps: int = 24
     attention: Attention = FULL
     negative: str = ""
     first_frame_norm: bool = False  # image-to-video: normalise the first latent frames (released sampler)
+    rope_side_px: int | None = None  # rope_scale holds at this side and grows with the picture; None: at every size
     clip_tokens: int = 77
     repo: str = ""  # where the file is published
     tags: tuple[str, ...] = field(default=())  # sft, pretrain, nocfg, distilled, sd, hd, 5s, 10s
+
+    def rope_at(self, rows: int, columns: int) -> tuple[float, float, float]:
+        """Divisors of the positions along time, height, width for a latent of `rows` x `columns` cells."""
+        if self.rope_side_px is None:
+            return self.rope_scale
+        factor = math.sqrt(rows * columns) * VAE_SPATIAL / self.rope_side_px
+        t, h, w = self.rope_scale
+        return (t, h * factor, w * factor)
 
 
 HUNYUAN_VAE = VAESpec(kind="hunyuan", scaling_factor=0.476986)
@@ -232,6 +243,7 @@ _NANO_VIDEO = Variant(
     name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
     tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
     spec=NANO_VIDEO, vae=NANO_VAE, steps=16, guidance=5.0, shift=3.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
+    rope_side_px=64,
     sizes=((64, 64), (128, 128), (256, 256)), frames=(17,), fps=8,
 )  # fmt: skip
 _NANO_IMAGE = replace(

@@ -9,7 +9,7 @@ A heads, E head width.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -87,7 +87,7 @@ class HostedCrossDiT(CrossDiT):
         self,
         *,
         spec: CrossDiTSpec,
-        rope_scale: tuple[float, float, float],
+        rope_at: Callable[[int, int], tuple[float, float, float]],
         operations: Any,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -95,7 +95,7 @@ class HostedCrossDiT(CrossDiT):
     ) -> None:
         super().__init__(spec, ops=operations, device=device, dtype=dtype)
         self.dtype = dtype
-        self.rope_scale = rope_scale
+        self.rope_at = rope_at
         self.patch_size = spec.patch_size
 
     def forward(
@@ -132,7 +132,7 @@ class HostedCrossDiT(CrossDiT):
             context,
             y,
             timestep,
-            rope_scale=rope_scale_of(options, self.rope_scale),
+            rope_scale=rope_scale_of(options, self.rope_at(rows, columns)),
             attend=HostAttend(options),
             on_block=lambda index, total: options.update(
                 block_index=index, total_blocks=total, block_type="double"
@@ -221,7 +221,7 @@ class K5Config(comfy.supported_models_base.BASE):
     def __init__(self, row: Variant) -> None:
         spec = row.vae
         self.latent_format = lambda: FluxUnshifted(spec) if spec.kind == "flux" else HunyuanScaled(spec)
-        super().__init__({"image_model": "kandinsky5", "spec": row.spec, "rope_scale": row.rope_scale})
+        super().__init__({"image_model": "kandinsky5", "spec": row.spec, "rope_at": row.rope_at})
         self.row = row
         self.sampling_settings = {"shift": row.shift}
         self.memory_usage_factor = LIVE_ACTIVATIONS * row.spec.model_dim / MEMORY_UNIT

@@ -255,7 +255,8 @@ class StandaloneHost(Host):
         raw_BCTHW = raw.unsqueeze(2) if is_image else raw
         start_BCTHW = raw_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor
         known = self._known(request.positive, row)
-        velocity = self._guided(transformer, model, request, known)
+        rope_scale = row.rope_at(*start_BCTHW.shape[3:])
+        velocity = self._guided(transformer, model, request, known, rope_scale)
         steps = len(request.sigmas) - 1
         self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
         progress = self.progress(steps)
@@ -270,10 +271,13 @@ class StandaloneHost(Host):
         out = (x_BCTHW / row.vae.scaling_factor).cpu()
         return out.squeeze(2) if is_image else out
 
-    def _guided(self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known) -> Any:
+    def _guided(
+        self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known,
+        rope_scale: tuple[float, float, float],
+    ) -> Any:  # fmt: skip
         def velocity(conditioning: Conditioning) -> Any:
             return velocity_of(
-                transformer, _text(conditioning), dtype=model.dtype, rope_scale=model.variant.rope_scale, known=known
+                transformer, _text(conditioning), dtype=model.dtype, rope_scale=rope_scale, known=known
             )
 
         null = None if request.negative is None else velocity(request.negative)

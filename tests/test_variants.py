@@ -80,3 +80,11 @@ def test_bad_specs_and_names_are_refused():
         replace(VIDEO_LITE, axes_dims=(16, 24, 26))
     with pytest.raises(VariantError, match="Known: lite_t2v_5s_sft"):
         variant("kandinsky6")
+
+
+def test_rotary_scale_holds_at_every_size_unless_it_follows_the_picture():
+    lite, nano = variant("lite_t2v_5s_sft"), variant("nano_video")
+    assert lite.rope_at(64, 96) == lite.rope_at(8, 8) == (1.0, 2.0, 2.0)
+    assert nano.rope_at(8, 8) == (1.0, 1.0, 1.0) and nano.rope_at(32, 32) == (1.0, 4.0, 4.0)
+    t, h, w = nano.rope_at(8, 32)
+    assert (t, h) == (1.0, w) and h == pytest.approx(2.0)  # both axes alike: nothing is stretched

@@ -49,7 +49,7 @@ def generate(
         velocities = [
             velocity_of(
                 family.transformer, condition(family, texts, frames, edit), dtype=torch.float32,
-                rope_scale=row.rope_scale, known=known,
+                rope_scale=row.rope_at(*shape.latent_thw[1:]), known=known,
             )
             for texts in (part, [row.negative] * (1 if edit is None else len(part)))
         ]  # fmt: skip

@@ -123,7 +123,7 @@ def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, member: str
                 known_frames=int(part.kind == "continuation"), stray=STRAY if part.kind == "clip" else 0.0,
             )
         )  # fmt: skip
-    model = train_transformer(run, stage, row.spec, lessons, steps=course.steps, lr=course.lr, shift=course.shift)
+    model = train_transformer(run, stage, row, lessons, steps=course.steps, lr=course.lr, shift=course.shift)
     halves = {name: value.detach().cpu().half() for name, value in model.state_dict().items()}
     save_checkpoint(path, halves, {**spec_metadata(row), **facts(run, **asdict(course))})
 

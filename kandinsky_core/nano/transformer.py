@@ -16,7 +16,7 @@ from ..model.crossdit import CrossDiT
 from ..sampling.conditioning import Known
 from ..train.data import Bucket
 from ..train.losses import flow_matching_loss, logit_normal_times
-from ..variants import CrossDiTSpec
+from ..variants import Variant
 from .attention import training_attention
 from .optimizer import Muon
 from .run import Run, train
@@ -61,11 +61,11 @@ def put_strays(clean_BCTHW: Tensor, noise_BCTHW: Tensor, chosen_B: Tensor) -> No
 
 
 def train_transformer(
-    run: Run, stage: str, spec: CrossDiTSpec, lessons: Sequence[Lesson], *, steps: int, lr: float, shift: float
+    run: Run, stage: str, row: Variant, lessons: Sequence[Lesson], *, steps: int, lr: float, shift: float
 ) -> CrossDiT:
     """Train from nothing and return the averaged (EMA) weights."""
     torch.manual_seed(run.seed)
-    model = CrossDiT(spec).to(run.device)
+    model = CrossDiT(row.spec).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
     on_cpu = all(weight.is_cpu for weight in model.parameters())
     if run.compile:
@@ -88,7 +88,10 @@ def train_transformer(
             sdpa_kernel(SDPBackend.MATH),  # masked text attention: few keys, and a several times faster backward
         ):
             attend = training_attention if on_cpu else dense
-            return flow_matching_loss(model, clean, text, time_B, noise, known=known, attend=attend)
+            return flow_matching_loss(
+                model, clean, text, time_B, noise, known=known, attend=attend,
+                rope_scale=row.rope_at(*clean.shape[3:]),
+            )  # fmt: skip
 
     train(run, stage, model, optimizers(model, lr, run.dtype), loss_at, steps=steps, lr=lr, ema=average)
     return average

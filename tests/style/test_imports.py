@@ -20,7 +20,7 @@ FOREIGN = (
 ROOMS = {
     "errors": set(),
     "shapes": set(),
-    "variants": set(),
+    "variants": {"shapes"},
     "model": set(),
     "vae": set(),
     "text": {"io"},  # the towers read their files through io's checkpoint reader
