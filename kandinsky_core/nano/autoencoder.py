@@ -1,96 +1,175 @@
-"""Train the nano autoencoder: encoder onto the latent basis, then decoder from latents to pixels.
+"""Train the nano autoencoders: encoder onto the latent basis, then decoder from latents to pixels.
 
-Both halves start on single pictures, where every causal convolution is a 2-D one, and go on to short and whole clips.
+Video and image share everything but their phases. Both halves of the video autoencoder start on single pictures, where
+every causal convolution is a 2-D one, and go on to short and whole clips; every phase mixes sizes, because group norms
+see the whole picture.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..io.checkpoint import save_checkpoint
+from ..io.load import VAE_KEY, VAES
+from ..shapes import VAE_TEMPORAL
+from ..vae.flux import FluxVAE
 from ..vae.hunyuan import CausalConv3d, HunyuanVideoVAE
 from ..variants import VAESpec
-from .draw import draw, scenes
+from .batch import Batch, Phase, drawn_batch, whole_clips
+from .draw import scenes
 from .latent_basis import LatentBasis, fit
 from .layers import TRAINING_OPS
 from .optimizer import optimizers
 from .run import Run, train
 
-Encode = Callable[[Tensor], Tensor]  # pixels [B,3,4k+1,8h,8w] -> raw latents [B,C,k+1,h,w]
+VAE = HunyuanVideoVAE | FluxVAE
+Encode = Callable[[Tensor], Tensor]  # pixels [B,3,T,H,W] -> raw latents [B,C,t,h,w]
+Decode = Callable[[Tensor], Tensor]  # and back
 
 LOG_VARIANCE = -8.0  # of the posterior, in raw latent units: the code is nearly deterministic
+BASIS_CLIPS = ((300, 64), (100, 128))  # (clips, side in px); one stream of scenes each
+BASIS_PICTURES = ((200, 128), (50, 256))
+TESTS = ((8, 64), (4, 128))  # unseen clips that watch the training
+FRAMES = 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """A stretch of training; the learning rate falls to nearly zero inside it."""
+class Schedule:
+    """The phases of one autoencoder."""
 
-    name: str
-    batches: tuple[tuple[int, int], ...]  # (frames, clips), taken in turn
-    steps: int
-    lr: float
+    encoder: tuple[Phase, ...]
+    decoder: tuple[Phase, ...]  # on latents of the basis
+    finish: tuple[Phase, ...]  # of the decoder, on what the finished encoder really gives
 
 
-ENCODER = (
-    Phase(name="encoder_picture", batches=((1, 32),), steps=300, lr=3e-3),
-    Phase(name="encoder_clip", batches=((5, 12), (17, 4)), steps=400, lr=3e-3),
+PICTURES = (Batch(clips=32), Batch(clips=8, size_px=128), Batch(clips=32), Batch(clips=2, size_px=256))
+VIDEO = Schedule(
+    encoder=(
+        Phase(name="vae_encoder_picture", batches=PICTURES, steps=300, lr=3e-3),
+        Phase(
+            name="vae_encoder_clip", steps=500, lr=3e-3,
+            batches=(
+                Batch(clips=8, frames=5), Batch(clips=1, frames=17, size_px=128),
+                Batch(clips=3, frames=17), Batch(clips=1, frames=5, size_px=256),
+            ),
+        ),
+    ),
+    decoder=(
+        Phase(name="vae_decoder_picture", batches=PICTURES, steps=480, lr=3e-3),
+        Phase(
+            name="vae_decoder_short", steps=600, lr=2.5e-3,
+            batches=(Batch(clips=8, frames=5), Batch(clips=2, frames=5, size_px=128)),
+        ),
+    ),
+    # Pictures stay in: without them the first frame of a clip and the same picture alone drift apart.
+    finish=(
+        Phase(
+            name="vae_decoder_clip", steps=800, lr=2e-3,
+            batches=(
+                Batch(clips=3, frames=17), Batch(clips=1, frames=17, size_px=128),
+                Batch(clips=3, frames=21, later=True), Batch(clips=8, size_px=128),
+                Batch(clips=3, frames=17), Batch(clips=1, frames=21, size_px=128, later=True),
+                Batch(clips=24), Batch(clips=1, frames=5, size_px=256),
+            ),
+        ),
+    ),
+)  # fmt: skip
+IMAGE = Schedule(
+    encoder=(Phase(name="image_vae_encoder", batches=PICTURES, steps=500, lr=3e-3),),
+    decoder=(Phase(name="image_vae_decoder", batches=PICTURES, steps=700, lr=3e-3),),
+    finish=(Phase(name="image_vae_finish", batches=PICTURES, steps=300, lr=2e-3),),
 )
-DECODER = (
-    Phase(name="decoder_picture", batches=((1, 32),), steps=400, lr=3e-3),
-    Phase(name="decoder_short", batches=((5, 8),), steps=700, lr=2.5e-3),
-)
-# On what the finished encoder really gives, instead of the basis it imitates. Pictures stay in: without them the
-# first frame of a clip and the same picture alone drift apart, because group norms see the whole clip.
-DECODER_FINISH = (Phase(name="decoder_clip", batches=((17, 3), (17, 3), (1, 24)), steps=600, lr=2e-3),)
 
 
-def new_vae(spec: VAESpec) -> HunyuanVideoVAE:
-    """Build the autoencoder with layers that train in bfloat16; only the newest temporal tap starts non-zero."""
-    vae = HunyuanVideoVAE(spec, ops=TRAINING_OPS)
-    for module in vae.modules():
-        if isinstance(module, CausalConv3d):
-            module.margin = 0  # FoldedConv3d pads by itself
+def video_basis(run: Run, spec: VAESpec) -> LatentBasis:
+    """Fit the latent basis of clips, in model units."""
+    return _basis(run, spec, BASIS_CLIPS, FRAMES, VAE_TEMPORAL)
+
+
+def image_basis(run: Run, spec: VAESpec) -> LatentBasis:
+    """Fit the latent basis of pictures, in model units."""
+    return _basis(run, spec, BASIS_PICTURES, 1, 1)
+
+
+def train_video_vae(run: Run, spec: VAESpec, schedule: Schedule = VIDEO) -> HunyuanVideoVAE:
+    """Train the video autoencoder."""
+    return _train(run, new_vae(run, spec), video_basis(run, spec), schedule, FRAMES)
+
+
+def train_image_vae(run: Run, spec: VAESpec, schedule: Schedule = IMAGE) -> FluxVAE:
+    """Train the image autoencoder."""
+    return _train(run, new_vae(run, spec), image_basis(run, spec), schedule, 1)
+
+
+def save_vae(path: Path, vae: VAE, facts: dict[str, str]) -> None:
+    """Save an autoencoder in float16, as it ships; `facts` join its metadata."""
+    halves = {name: value.detach().cpu().half() for name, value in vae.state_dict().items()}
+    save_checkpoint(path, halves, {VAE_KEY: json.dumps(asdict(vae.spec)), **facts})
+
+
+def recipe_facts(schedule: Schedule) -> dict[str, list[object]]:
+    """Say for each phase what the weights were trained with, for their metadata."""
+    phases = (*schedule.encoder, *schedule.decoder, *schedule.finish)
+    return {phase.name: [phase.steps, phase.lr, list(map(astuple, phase.batches))] for phase in phases}
+
+
+def new_vae(run: Run, spec: VAESpec) -> VAE:
+    """Build an autoencoder with layers that train in bfloat16; only the newest temporal tap starts non-zero."""
+    torch.manual_seed(run.seed)
+    vae = VAES[spec.kind](spec, ops=TRAINING_OPS)
+    moments = vae.quant_conv if isinstance(vae, HunyuanVideoVAE) else vae.encoder.conv_out
     with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, CausalConv3d):
+                module.margin = 0  # FoldedConv3d pads by itself
         for weight in vae.parameters():
             if weight.ndim == 5 and weight.shape[2] > 1:
                 now = weight.sum(2) / math.sqrt(weight.shape[2])
                 weight.zero_()[:, :, -1] = now
-        latents = spec.latent_channels
-        vae.quant_conv.weight[latents:] = 0
-        vae.quant_conv.bias[latents:] = LOG_VARIANCE
-    return vae
+        moments.weight[spec.latent_channels :] = 0
+        moments.bias[spec.latent_channels :] = LOG_VARIANCE
+    return vae.to(run.device)
 
 
-def drawn(seed: int, count: int, *, size_px: int, frames: int, unseen: bool | None) -> Tensor:
-    """Return clips as `[N,T,H,W,3]` uint8."""
-    clips = (draw(scene, size_px=size_px, frames=frames) for scene in scenes(seed, count, unseen=unseen))
-    return torch.stack([(clip * 255).round().byte() for clip in clips])
+def encoded(vae: VAE, x_BCTHW: Tensor) -> Tensor:
+    """Encode clips, or pictures as clips of one frame, to the mean of their raw latents `[B,C,t,h,w]`."""
+    if isinstance(vae, FluxVAE):
+        return vae.encode(x_BCTHW.squeeze(2)).mean.unsqueeze(2)
+    return vae.encode(x_BCTHW).mean
 
 
-def to_pixels(clips_BTHWC: Tensor, device: torch.device) -> Tensor:
-    """Turn bytes `[B,T,H,W,3]` into `[B,3,T,H,W]` in -1…1."""
-    return clips_BTHWC.to(device).movedim(-1, 1).float() / 127.5 - 1
-
-
-def batch_at(run: Run, phase: Phase, clips: Tensor, step: int) -> Tensor:
-    """Return the pixels of a step: random clips, cut to a length of the phase at a random frame."""
-    frames, count = phase.batches[step % len(phase.batches)]
-    generator = run.generator(phase.name, step)
-    rows = torch.randint(len(clips), (count,), generator=generator)
-    starts = torch.randint(clips.shape[1] - frames + 1, (count,), generator=generator)
-    cut = [clips[row, at : at + frames] for row, at in zip(rows.tolist(), starts.tolist(), strict=True)]
-    return to_pixels(torch.stack(cut), run.device)
+def decoded(vae: VAE, z_BCTHW: Tensor) -> Tensor:
+    """Decode raw latents `[B,C,t,h,w]` to pixels `[B,3,T,H,W]`."""
+    if isinstance(vae, FluxVAE):
+        return vae.decode(z_BCTHW.squeeze(2)).unsqueeze(2)
+    return vae.decode(z_BCTHW)
 
 
 def reconstruction_loss(out_BCTHW: Tensor, x_BCTHW: Tensor) -> Tensor:
-    """L1 + squared error + L1 of the spatial gradients: sharp edges count, but colours count first."""
+    """L1 + root of each clip's squared error + L1 of the spatial gradients.
+
+    The root weighs clips and sizes alike: a large sharp picture has a tenth of the squared error of a small one.
+    """
     error = out_BCTHW.float() - x_BCTHW
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+    return error.abs().mean() + (error.square().flatten(1).mean(1) + 1e-6).sqrt().mean() + 0.5 * edges
+
+
+def decoding_loss(decode: Decode, z_BCTHW: Tensor, x_BCTHW: Tensor, *, later: bool) -> Tensor:
+    """Compare decoded latents with their pixels, as the first or a later window of a longer clip.
+
+    The first latent of a later window holds four frames; the decoder gives one frame for it, which is dropped.
+    """
+    if not later:
+        return reconstruction_loss(decode(z_BCTHW), x_BCTHW)
+    return reconstruction_loss(decode(z_BCTHW[:, :, 1:])[:, :, 1:], x_BCTHW[:, :, 1 + VAE_TEMPORAL :])
 
 
 def psnr(out: Tensor, x: Tensor) -> Tensor:
@@ -99,63 +178,79 @@ def psnr(out: Tensor, x: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error)
 
 
-def fit_basis(run: Run, clips: Tensor, spec: VAESpec) -> LatentBasis:
-    """Fit the latent basis to drawn clips, scaled to the raw units of `spec`."""
-    basis = fit(to_pixels(clips, torch.device("cpu")), spec.latent_channels)
-    return LatentBasis(basis.mean.to(run.device), (basis.project / spec.scaling_factor).to(run.device))
+def _basis(
+    run: Run, spec: VAESpec, sizes: Sequence[tuple[int, int]], frames: int, block_frames: int
+) -> LatentBasis:
+    samples = (
+        clips
+        for stream, (count, size_px) in enumerate(sizes, run.seed)
+        for clips in whole_clips(scenes(stream, count, unseen=False), size_px=size_px, frames=frames)
+    )
+    return fit(samples, spec.latent_channels, block_frames).to(run.device)
 
 
-def train_encoder(
-    run: Run, vae: HunyuanVideoVAE, basis: LatentBasis, clips: Tensor, test: Tensor,
-    phases: Sequence[Phase] = ENCODER,
-) -> None:  # fmt: skip
+def _train(run: Run, vae: VAE, basis: LatentBasis, schedule: Schedule, frames: int) -> VAE:
+    raw = basis.scaled(1 / vae.spec.scaling_factor)
+    tests = [
+        clips.to(run.device)
+        for count, size_px in TESTS
+        for clips in whole_clips(scenes(run.seed + 2, count, unseen=True), size_px=size_px, frames=frames)
+    ]
+    _train_encoder(run, vae, raw, tests, schedule.encoder)
+    _train_decoder(run, vae, raw.encode, tests, schedule.decoder)
+    _train_decoder(run, vae, lambda x: encoded(vae, x.to(run.dtype)).float(), tests, schedule.finish)
+    return vae
+
+
+def _train_encoder(
+    run: Run, vae: VAE, basis: LatentBasis, tests: Sequence[Tensor], phases: Sequence[Phase]
+) -> None:
     """Regress the encoder's mean onto the latent basis."""
-    half = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv}).to(run.device)
-    scale = vae.spec.scaling_factor
-    x_test = to_pixels(test, run.device)
 
-    def latent_error(x: Tensor) -> Tensor:
-        return (scale * (vae.encode(x.to(run.dtype)).mean.float() - basis.encode(x))).square().mean()
+    def error(x: Tensor) -> Tensor:
+        difference = encoded(vae, x.to(run.dtype)).float() - basis.encode(x)
+        return (vae.spec.scaling_factor * difference).square().mean()
 
     @torch.no_grad()
     def watch() -> dict[str, float]:
-        return {"latent_rmse": latent_error(x_test).sqrt().item()}
+        return {f"latent_rmse_{x.shape[-1]}px": error(x).sqrt().item() for x in tests}
 
-    _run_phases(run, half, phases, clips, latent_error, watch)
+    half = _half(vae, "encoder", "quant_conv")
+    _run_phases(run, half, phases, lambda x, _: error(x), watch)
 
 
-def train_decoder(
-    run: Run, vae: HunyuanVideoVAE, encode: Encode, clips: Tensor, test: Tensor, phases: Sequence[Phase] = DECODER,
-) -> None:  # fmt: skip
+def _train_decoder(
+    run: Run, vae: VAE, encode: Encode, tests: Sequence[Tensor], phases: Sequence[Phase]
+) -> None:
     """Train the decoder on the raw latents that `encode` gives for pixels."""
-    half = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).to(run.device)
-    x_test = to_pixels(test, run.device)
 
-    def decoded(x: Tensor) -> Tensor:
+    def decode(z: Tensor) -> Tensor:
+        return decoded(vae, z.to(run.dtype))
+
+    def loss(x: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
             z = encode(x)
-        return vae.decode(z.to(run.dtype))
+        return decoding_loss(decode, z, x, later=batch.later)
 
     @torch.no_grad()
     def watch() -> dict[str, float]:
-        whole, picture = psnr(decoded(x_test), x_test), psnr(decoded(x_test[:, :, :1]), x_test[:, :, :1])
-        return {"psnr_clip": whole.mean().item(), "psnr_picture": picture.mean().item()}
+        return {f"psnr_{x.shape[-1]}px": psnr(decode(encode(x)), x).mean().item() for x in tests}
 
-    _run_phases(run, half, phases, clips, lambda x: reconstruction_loss(decoded(x), x), watch)
+    half = _half(vae, "decoder", "post_quant_conv")
+    _run_phases(run, half, phases, loss, watch)
 
 
-def encoding(run: Run, vae: HunyuanVideoVAE) -> Encode:
-    """Return the trained encoder as a function from pixels to raw latents."""
-    return lambda x: vae.encode(x.to(run.dtype)).mean.float()
+def _half(vae: VAE, *names: str) -> nn.ModuleDict:
+    return nn.ModuleDict({name: module for name, module in vae.named_children() if name in names})
 
 
 def _run_phases(
-    run: Run, module: nn.Module, phases: Sequence[Phase], clips: Tensor,
-    loss: Callable[[Tensor], Tensor], watch: Callable[[], dict[str, float]],
+    run: Run, module: nn.Module, phases: Sequence[Phase],
+    loss: Callable[[Tensor, Batch], Tensor], watch: Callable[[], dict[str, float]],
 ) -> None:  # fmt: skip
     for phase in phases:
         train(
             run, phase.name, module, optimizers(module, phase.lr),
-            lambda step, phase=phase: loss(batch_at(run, phase, clips, step)),
+            lambda step, phase=phase: loss(drawn_batch(run, phase, step), phase.batches[step % len(phase.batches)]),
             steps=phase.steps, lr=phase.lr, watch=watch,
         )  # fmt: skip

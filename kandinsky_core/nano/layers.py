@@ -1,4 +1,4 @@
-"""Layer classes that train the autoencoder fast on a CPU: the `ops` of `HunyuanVideoVAE`, same sums, same weights.
+"""Layer classes that train the autoencoders fast on a CPU: the `ops` of both, same sums, same weights.
 
 Activations are bfloat16, weights float32. Convolutions run as 2-D ones over stacked frames, which also avoids torch's
 bfloat16 `conv3d` on CPUs: its weight gradient is NaN for one output frame and it writes outside its buffer for 1x1x1
@@ -33,6 +33,13 @@ class FoldedConv3d(nn.Conv3d):
         x_BTKHW = torch.cat([x_BTCHW[:, tap : tap + frames : pace] for tap in range(taps)], 2)
         out = F.conv2d(x_BTKHW.flatten(0, 1), weight.transpose(1, 2).flatten(1, 2), bias, stride)
         return out.unflatten(0, x_BTKHW.shape[:2]).transpose(1, 2)
+
+
+class CastConv2d(nn.Conv2d):
+    """`Conv2d` whose weights follow the input's dtype."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self._conv_forward(x_BCHW, self.weight.to(x_BCHW.dtype), self.bias.to(x_BCHW.dtype))
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -89,4 +96,6 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-TRAINING_OPS = SimpleNamespace(Conv3d=FoldedConv3d, GroupNorm=FastGroupNorm, Linear=CastLinear)
+TRAINING_OPS = SimpleNamespace(
+    Conv2d=CastConv2d, Conv3d=FoldedConv3d, GroupNorm=FastGroupNorm, Linear=CastLinear
+)
