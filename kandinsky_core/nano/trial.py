@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .caption import caption
+from .caption import caption, continuation
 from .draw import Scene, draw, scenes
 from .edit import Edit, EditGrade, edits, instruction, judge
 from .family import Family
@@ -49,7 +49,7 @@ def trial(
     `order` gives the prompts to other scenes than their own; `settings` are those of `generate`.
     """
     frames = frames if task in ("t2v", "i2v") else 1
-    rng = random.Random(f"evaluation/{task in ('t2v', 'i2v')}/{unseen}")
+    rng = random.Random(f"evaluation/{task}/{unseen}")
     common = {"frames": frames, "size_px": size_px, "seed": NOISE_SEED[task], **settings}
     if task == "i2i":
         asked = list(edits(UNSEEN_SEED, count, unseen=unseen))
@@ -59,7 +59,11 @@ def trial(
         judged = [judge(*pair, item) for *pair, item in zip(given[:, 0], made[:, 0], asked, strict=True)]
         return Trial(task, asked, prompts, real, given[:, 0], made, judged)
     asked = list(scenes(UNSEEN_SEED, count, unseen=unseen))
-    prompts = _ordered([caption(item, rng, moving=frames > 1) for item in asked], order)
+    # With a first frame the prompt says what happens, not what is seen: identity comes from the picture alone.
+    words = [
+        continuation(item, rng) if task == "i2v" else caption(item, rng, moving=task == "t2v") for item in asked
+    ]
+    prompts = _ordered(words, order)
     real = _drawn(asked, frames, size_px)
     first = real[:, 0] if task == "i2v" else None
     made = generate(family, prompts, images_BHWC=first, **common)
