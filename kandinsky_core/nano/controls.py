@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.crossdit import CrossDiT
+from ..sampling.flow import Transformer
 from ..variants import Variant
 from .draw import Scene
 from .edit import Edit
@@ -27,21 +28,39 @@ LEAST_TAIL = 1e-3  # probability below which a count of hits is no longer called
 class Unmasked:
     """A transformer that is never told which frames or pictures are given: the mask channel is 0, the rest is left."""
 
-    def __init__(self, model: CrossDiT) -> None:
-        self.model = model
-        self.spec = model.spec
+    def __init__(self, family: Family) -> None:
+        self.model = family.transformer
+        self.spec = family.transformer.spec
 
     def __call__(self, x_BTHWC: Tensor, *args: object, **options: object) -> Tensor:
         """Velocity, channels last."""
         return self.model(torch.cat([x_BTHWC[..., :-1], torch.zeros_like(x_BTHWC[..., -1:])], -1), *args, **options)
 
 
+class Unshifted:
+    """A transformer that is told the times before the shift, while the latents follow the shifted ones."""
+
+    def __init__(self, family: Family) -> None:
+        self.model = family.transformer
+        self.spec = family.transformer.spec
+        self.shift = family.variant.shift
+
+    def __call__(
+        self, x_BTHWC: Tensor, text_BLD: Tensor, pooled_BP: Tensor, time_B: Tensor, **options: object
+    ) -> Tensor:
+        """Velocity, channels last."""
+        t_B = time_B / 1000
+        unshifted_B = t_B / (self.shift - (self.shift - 1) * t_B)
+        return self.model(x_BTHWC, text_BLD, pooled_BP, 1000 * unshifted_B, **options)
+
+
 class SwappedAxes(CrossDiT):
     """A transformer that takes rows for columns in its rotary positions."""
 
     @classmethod
-    def of(cls, model: CrossDiT) -> SwappedAxes:
+    def of(cls, family: Family) -> SwappedAxes:
         """Share the weights of a sound one."""
+        model = family.transformer
         made = cls(model.spec, device="meta")
         made.load_state_dict(model.state_dict(), assign=True)
         return made.eval()
@@ -57,16 +76,20 @@ class Break:
     """One thing that is wrong, and the tasks that can show it."""
 
     tasks: tuple[str, ...] = ("t2v", "i2v", "t2i", "i2i")
-    model: Callable[[CrossDiT], object] | None = None
+    model: Callable[[Family], Transformer] | None = None  # None: the family's own
     settings: Callable[[Variant], dict[str, object]] = lambda _: {}
     shuffled: bool = False
+    steps: int | None = None  # of this break and of the sound run beside it; None: the variant's
 
 
+# With enough steps every schedule that ends at 0 integrates the same path: only a short one needs the right shift.
+FEW_STEPS = 4
 BREAKS = {
     "prompts_shuffled": Break(shuffled=True),
     "guidance_1": Break(settings=lambda _: {"guidance": 1.0}),
-    "shift_inverse": Break(settings=lambda row: {"shift": 1 / row.shift}),
-    "shift_1": Break(settings=lambda _: {"shift": 1.0}),
+    "shift_inverse": Break(settings=lambda row: {"shift": 1 / row.shift}, steps=FEW_STEPS),
+    "shift_1": Break(settings=lambda _: {"shift": 1.0}, steps=FEW_STEPS),
+    "shift_untold": Break(model=Unshifted),
     "mask_dropped": Break(tasks=("i2v", "i2i"), model=Unmasked),
     "axes_swapped": Break(model=SwappedAxes.of),
 }
@@ -108,28 +131,31 @@ def controls(
 ) -> dict[str, object]:  # fmt: skip
     """Measure tasks on held-out combinations sound and broken.
 
-    For every task "sound" shares, and for every break its shares and "drop": how many points each is lower. Shuffled
-    prompts also have "chance", and "above_chance": names whose hits chance explains with less than `LEAST_TAIL`.
+    For every task "sound" shares by number of steps, and for every break its steps, its shares and "drop": how many
+    points each is below the sound run of as many steps. Shuffled prompts also have "chance", and "above_chance": names
+    whose hits chance explains with less than `LEAST_TAIL`.
     """
     report: dict[str, object] = {"variant": family.variant.name, "count": count, "size_px": size_px, "frames": frames}
-    common = {"frames": frames, "size_px": size_px}
     for task in tasks or family.variant.tasks:
-        note(f"{task}, sound")
-        sound = shares(trial(family, task, count, **common))
+        sound: dict[str, Shares] = {}
         report[task] = {"sound": sound}
         for name in breaks:
             broken = BREAKS[name]
             if task not in broken.tasks:
                 continue
+            common = {"frames": frames, "size_px": size_px, "steps": broken.steps or family.variant.steps}
+            steps = str(common["steps"])
+            if steps not in sound:
+                note(f"{task}, sound, {steps} steps")
+                sound[steps] = shares(trial(family, task, count, **common))
             note(f"{task}, {name}")
-            model = family.transformer if broken.model is None else broken.model(family.transformer)
-            order = permutation(count) if broken.shuffled else None
+            model = family.transformer if broken.model is None else broken.model(family)
             found = trial(
-                replace(family, transformer=model), task, count, order=order, **common,
-                **broken.settings(family.variant),
+                replace(family, transformer=model), task, count, order=permutation(count) if broken.shuffled else None,
+                **common, **broken.settings(family.variant),
             )  # fmt: skip
             measured = shares(found)
-            report[task][name] = {"shares": measured, "drop": drop(sound, measured)}
+            report[task][name] = {"steps": steps, "shares": measured, "drop": drop(sound[steps], measured)}
             if broken.shuffled:
                 expected = chance(found.asked, task)
                 report[task][name] |= {

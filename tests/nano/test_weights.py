@@ -3,81 +3,78 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.io.checkpoint import open_checkpoint
 from comfyui_kandinsky5.kandinsky_core.io.identity import identify
 from comfyui_kandinsky5.kandinsky_core.nano import WEIGHTS, files
-from comfyui_kandinsky5.kandinsky_core.nano.autoencoder import psnr
-from comfyui_kandinsky5.kandinsky_core.nano.caption import caption
+from comfyui_kandinsky5.kandinsky_core.nano.codec import pixels, reconstruct
 from comfyui_kandinsky5.kandinsky_core.nano.draw import draw, scenes
-from comfyui_kandinsky5.kandinsky_core.nano.evaluate import (
-    generate,
-    graded,
-    load_family,
-    measure_vae,
-    pixels,
-    reconstruct,
-    summary,
-)
-from comfyui_kandinsky5.kandinsky_core.variants import NANO_VAE, NANO_VIDEO
+from comfyui_kandinsky5.kandinsky_core.nano.evaluate import measure_vae
+from comfyui_kandinsky5.kandinsky_core.nano.family import MEMBERS, load_family
+from comfyui_kandinsky5.kandinsky_core.nano.score import decibels
+from comfyui_kandinsky5.kandinsky_core.nano.trial import shares, trial
+from comfyui_kandinsky5.kandinsky_core.variants import variant
 
-HELD_OUT_SEED = 77_001
-COUNT = 24
-
-
-@pytest.fixture(scope="module")
-def family():
-    """The shipped models."""
-    return load_family(files(), torch.device("cpu"))
+COUNT = 32
+# docs/nano.md says more; with so few prompts these are what chance must not fall under (about three standard errors).
+LEAST = {
+    ("video", "t2v"): {"color": 0.85, "background": 0.85, "shape": 0.75, "motion": 0.75, "all": 0.6},
+    ("video", "i2v"): {"motion": 0.75, "identity": 0.85},
+    ("video", "t2i"): {"color": 0.75, "shape": 0.75},
+    ("image", "t2i"): {"color": 0.75, "shape": 0.75},
+    ("edit", "i2i"): {"asked": 0.6, "kept": 0.6},
+}
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """Held-out scenes with their prompts."""
-    rng = random.Random("gate")
-    return [(item, caption(item, rng)) for item in scenes(HELD_OUT_SEED, COUNT, unseen=True)]
+def families():
+    """The shipped models, each loaded once."""
+    return {member: load_family(files(), torch.device("cpu"), member) for member in MEMBERS}
 
 
 def test_all_files_together_are_small():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 25_000_000
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 40_000_000
 
 
-def test_the_files_say_what_they_are():
-    paths = files()
-    model = open_checkpoint(paths["model"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_the_files_say_what_they_are(member):
+    row = variant(f"nano_{member}")
+    model, vae = (open_checkpoint(files()[kind]) for kind in MEMBERS[member])
     found = identify(model)
-    assert found.variant.name == "nano_video" and found.certain and found.spec == NANO_VIDEO
+    assert found.variant.name == row.name and found.certain and found.spec == row.spec
     assert all(info.dtype == "F16" for info in model.tensors.values())
-    vae = open_checkpoint(paths["vae"])
-    assert json.loads(vae.metadata["kandinsky5.vae"])["scaling_factor"] == NANO_VAE.scaling_factor
+    assert json.loads(vae.metadata["kandinsky5.vae"])["scaling_factor"] == row.vae.scaling_factor
     for checkpoint in (model, vae):
         assert json.loads(checkpoint.metadata["kandinsky5.recipe"])["seed"] == 1
 
 
-def test_the_autoencoder_reconstructs_unseen_clips(family):
-    measured = measure_vae(family.vae, 32)
-    assert measured["psnr_mean_db"] >= 25
-    assert all(row["share"] >= 0.9 for row in measured["grades"].values()), measured["grades"]
+@pytest.mark.parametrize(("member", "frames"), [("video", 17), ("image", 1)])
+def test_the_autoencoder_reconstructs_unseen_pictures(families, member, frames):
+    measured = measure_vae(families[member].vae, COUNT, frames=frames, size_px=families[member].variant.sizes[0][0])
+    assert measured["psnr_mean_db"] >= 27.5
+    assert measured["grades"]["all"]["share"] >= 0.85, measured["grades"]
 
 
-def test_latents_have_about_unit_scale(family):
-    real = torch.stack([draw(item) for item in scenes(HELD_OUT_SEED, 8)])
+@pytest.mark.parametrize("member", ["video", "image"])
+def test_latents_have_about_unit_scale(families, member):
+    frames = families[member].variant.frames[0]
+    real = torch.stack([draw(item, frames=frames, size_px=128) for item in scenes(77_001, 8)])
     with torch.no_grad():
-        z = family.vae.encode(pixels(real)).mean * family.scale
-    assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
+        z = families[member].vae.encode(pixels(real))
+    assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.2)
 
 
-def test_video_follows_color_and_background(family, asked):
-    made = generate(family, [prompt for _, prompt in asked])
-    found = summary(graded(made, [item for item, _ in asked]))
-    assert found["color"]["share"] >= 0.9 and found["background"]["share"] >= 0.9, found
-
-
-def test_image_to_video_keeps_the_first_frame(family, asked):
-    first = torch.stack([draw(item)[0] for item, _ in asked[:8]])
-    made = generate(family, [prompt for _, prompt in asked[:8]], images_BHWC=first)
-    kept = psnr(pixels(made[:, :1]), pixels(reconstruct(family.vae, first[:, None])))
-    assert kept.mean() >= 30
+@pytest.mark.parametrize(("member", "task"), LEAST)
+def test_every_task_does_what_is_asked(families, member, task):
+    family = families[member]
+    found = trial(family, task, COUNT, size_px=family.variant.sizes[0][0])
+    measured = shares(found)
+    missed = {
+        name: measured[name] for name, least in LEAST[member, task].items() if measured[name]["share"] < least
+    }
+    assert not missed
+    if task == "i2v":
+        own = reconstruct(family.vae, found.real_BTHWC[:, :1])
+        assert decibels(found.made_BTHWC[:, :1], own)["psnr_mean_db"] >= 30
