@@ -54,24 +54,18 @@ VIDEO = Schedule(
     encoder=(
         Phase(name="vae_encoder_picture", batches=PICTURES, steps=300, lr=3e-3),
         Phase(
-            name="vae_encoder_clip", steps=500, lr=3e-3,
+            name="vae_encoder_clip", steps=700, lr=3e-3,
             batches=(
                 Batch(clips=8, frames=5), Batch(clips=1, frames=17, size_px=128),
                 Batch(clips=3, frames=17), Batch(clips=1, frames=5, size_px=256),
             ),
         ),
     ),
-    decoder=(
-        Phase(name="vae_decoder_picture", batches=PICTURES, steps=480, lr=3e-3),
-        Phase(
-            name="vae_decoder_short", steps=600, lr=2.5e-3,
-            batches=(Batch(clips=8, frames=5), Batch(clips=2, frames=5, size_px=128)),
-        ),
-    ),
+    decoder=(Phase(name="vae_decoder_picture", batches=PICTURES, steps=480, lr=3e-3),),
     # Pictures stay in: without them the first frame of a clip and the same picture alone drift apart.
     finish=(
         Phase(
-            name="vae_decoder_clip", steps=800, lr=2e-3,
+            name="vae_decoder_clip", steps=1150, lr=2.5e-3,
             batches=(
                 Batch(clips=3, frames=17), Batch(clips=1, frames=17, size_px=128),
                 Batch(clips=3, frames=21, later=True), Batch(clips=8, size_px=128),

@@ -12,7 +12,7 @@ from .codec import pixels
 from .draw import Scene, draw, scenes
 from .run import Run
 
-PACES = (17, 33, 49)  # frames a whole motion may take
+PACES = (17, 17, 33, 49)  # frames a whole motion takes, each as likely; fast ones teach most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,10 @@ class FoldedConv3d(nn.Conv3d):
         if taps > 1:
             x_NCHW = F.pad(x_NCHW, (taps // 2,) * 4, mode="replicate")
         if frames == 1 or taps == 1:
-            # Every temporal tap meets the same picture.
-            return F.conv2d(x_NCHW, weight.sum(2), bias, stride).unflatten(0, (batch, frames)).transpose(1, 2)
+            # Every temporal tap meets the same picture, but only the newest learns from it: if all moved alike,
+            # pictures would teach the network to average over time.
+            picture = weight[:, :, -1] + weight[:, :, :-1].sum(2).detach()
+            return F.conv2d(x_NCHW, picture, bias, stride).unflatten(0, (batch, frames)).transpose(1, 2)
         x_BTCHW = x_NCHW.unflatten(0, (batch, frames))
         x_BTCHW = torch.cat([x_BTCHW[:, :1]] * (taps - 1) + [x_BTCHW], 1)
         x_BTKHW = torch.cat([x_BTCHW[:, tap : tap + frames : pace] for tap in range(taps)], 2)
