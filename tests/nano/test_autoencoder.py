@@ -24,7 +24,7 @@ KINDS = {
     "video": (NANO_VAE, HunyuanVideoVAE, autoencoder.train_video_vae, autoencoder.video_basis),
     "image": (NANO_IMAGE_VAE, FluxVAE, autoencoder.train_image_vae, autoencoder.image_basis),
 }
-STEPS = 20
+STEPS = 30
 
 
 @pytest.fixture(autouse=True)
