@@ -47,7 +47,7 @@ def test_nothing_but_the_softness_of_a_corner_touches_the_border(shape):
         )  # fmt: skip
         paper, ink = draw.BACKGROUNDS["black"][0], draw.COLORS["white"][0]
         opacity = (draw.draw(item, size_px=64, frames=3)[-1, ..., 0][edge] - paper) / (ink - paper)
-        assert opacity.max() < 0.25 and (opacity > 0.01).sum() <= 3
+        assert opacity.max() < 0.3 and (opacity > 0.01).sum() <= 3
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,7 +82,7 @@ def test_a_larger_picture_is_the_same_picture_with_sharper_edges(size_px):
     assert near.mean() < 0.02 and near.max() < 0.35
     # The soft edge is as many pixels wide at every size.
     soft = [
-        (((clip - clip[0, 0, 0]).abs().amax(-1) / contrast - 0.5).abs() < 0.45).float().sum((1, 2)).mean() / side
+        (((clip - clip[0, 0, 0]).abs().amax(-1) / contrast - 0.5).abs() < 0.45).sum().item() / side
         for clip, side in ((small, 64), (large, size_px))
     ]
     assert soft[1] == pytest.approx(soft[0], rel=0.1)
