@@ -233,7 +233,7 @@ NANO_VIDEO = CrossDiTSpec(
     in_text_dim=96, in_text_dim2=64, visual_cond=True,
 )  # fmt: skip
 NANO_IMAGE = replace(NANO_VIDEO, visual_cond=False)
-NANO_EDIT = replace(NANO_IMAGE, instruct_type="channel")
+NANO_EDIT = replace(NANO_IMAGE, instruct_type="channel", num_visual_blocks=5)  # so that no shape fits the video one too
 NANO_VAE = VAESpec(
     kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )

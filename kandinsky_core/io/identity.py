@@ -175,12 +175,7 @@ def _derive(shapes: dict[str, tuple[int, ...]]) -> CrossDiTSpec:
         raise ValueError("an empty tensor")
     # How the head width splits into rotary axes does not show in any shape; unknown widths carry it in the metadata.
     axes = {row.spec.head_dim: row.spec.axes_dims for row in VARIANTS.values()}.get(head, (head - 4, 2, 2))
-    has_extra = channels != out_channels
-    # Both kinds of 33-channel weights look alike but for the width: only editing is as wide as the image family.
-    editing = has_extra and width in {
-        row.spec.model_dim for row in VARIANTS.values() if row.spec.instruct_type
-    }
-    return CrossDiTSpec(
+    spec = CrossDiTSpec(
         model_dim=width,
         ff_dim=shapes["visual_transformer_blocks.0.feed_forward.in_layer.weight"][0],
         time_dim=shapes["time_embeddings.in_layer.bias"][0],
@@ -191,9 +186,14 @@ def _derive(shapes: dict[str, tuple[int, ...]]) -> CrossDiTSpec:
         in_text_dim2=shapes["pooled_text_embeddings.in_layer.weight"][1],
         in_visual_dim=out_channels,
         out_visual_dim=out_channels,
-        visual_cond=has_extra and not editing,
-        instruct_type="channel" if editing else None,
+        visual_cond=channels != out_channels,
     )
+    # Both kinds of 33-channel weights look alike: the table knows which one has these dimensions, and of others only
+    # editing is as wide as the image family.
+    editing = replace(spec, visual_cond=False, instruct_type="channel")
+    known = {row.spec for row in VARIANTS.values()}
+    wide = {row.spec.model_dim for row in VARIANTS.values() if row.spec.instruct_type and row.repo}
+    return editing if spec.visual_cond and (editing in known or (spec not in known and width in wide)) else spec
 
 
 def _count(names: Iterable[str], stack: str) -> int:
