@@ -37,23 +37,6 @@ class Unmasked:
         return self.model(torch.cat([x_BTHWC[..., :-1], torch.zeros_like(x_BTHWC[..., -1:])], -1), *args, **options)
 
 
-class Unshifted:
-    """A transformer that is told the times before the shift, while the latents follow the shifted ones."""
-
-    def __init__(self, family: Family) -> None:
-        self.model = family.transformer
-        self.spec = family.transformer.spec
-        self.shift = family.variant.shift
-
-    def __call__(
-        self, x_BTHWC: Tensor, text_BLD: Tensor, pooled_BP: Tensor, time_B: Tensor, **options: object
-    ) -> Tensor:
-        """Velocity, channels last."""
-        t_B = time_B / 1000
-        unshifted_B = t_B / (self.shift - (self.shift - 1) * t_B)
-        return self.model(x_BTHWC, text_BLD, pooled_BP, 1000 * unshifted_B, **options)
-
-
 class SwappedAxes(CrossDiT):
     """A transformer that takes rows for columns in its rotary positions."""
 
@@ -79,17 +62,13 @@ class Break:
     model: Callable[[Family], Transformer] | None = None  # None: the family's own
     settings: Callable[[Variant], dict[str, object]] = lambda _: {}
     shuffled: bool = False
-    steps: int | None = None  # of this break and of the sound run beside it; None: the variant's
 
 
-# With enough steps every schedule that ends at 0 integrates the same path: only a short one needs the right shift.
-FEW_STEPS = 4
 BREAKS = {
     "prompts_shuffled": Break(shuffled=True),
     "guidance_1": Break(settings=lambda _: {"guidance": 1.0}),
-    "shift_inverse": Break(settings=lambda row: {"shift": 1 / row.shift}, steps=FEW_STEPS),
-    "shift_1": Break(settings=lambda _: {"shift": 1.0}, steps=FEW_STEPS),
-    "shift_untold": Break(model=Unshifted),
+    "shift_inverse": Break(settings=lambda row: {"shift": 1 / row.shift}),
+    "shift_1": Break(settings=lambda _: {"shift": 1.0}),
     "mask_dropped": Break(tasks=("i2v", "i2i"), model=Unmasked),
     "axes_swapped": Break(model=SwappedAxes.of),
 }
@@ -131,23 +110,20 @@ def controls(
 ) -> dict[str, object]:  # fmt: skip
     """Measure tasks on held-out combinations sound and broken.
 
-    For every task "sound" shares by number of steps, and for every break its steps, its shares and "drop": how many
-    points each is below the sound run of as many steps. Shuffled prompts also have "chance", and "above_chance": names
-    whose hits chance explains with less than `LEAST_TAIL`.
+    For every task the "sound" shares, and for every break its "shares" and "drop": how many points each is below the
+    sound one. Shuffled prompts also have "chance", and "above_chance": names whose hits chance explains with less than
+    `LEAST_TAIL`.
     """
     report: dict[str, object] = {"variant": family.variant.name, "count": count, "size_px": size_px, "frames": frames}
+    common = {"frames": frames, "size_px": size_px}
     for task in tasks or family.variant.tasks:
-        sound: dict[str, Shares] = {}
+        note(f"{task}, sound")
+        sound = shares(trial(family, task, count, **common))
         report[task] = {"sound": sound}
         for name in breaks:
             broken = BREAKS[name]
             if task not in broken.tasks:
                 continue
-            common = {"frames": frames, "size_px": size_px, "steps": broken.steps or family.variant.steps}
-            steps = str(common["steps"])
-            if steps not in sound:
-                note(f"{task}, sound, {steps} steps")
-                sound[steps] = shares(trial(family, task, count, **common))
             note(f"{task}, {name}")
             model = family.transformer if broken.model is None else broken.model(family)
             found = trial(
@@ -155,7 +131,7 @@ def controls(
                 **common, **broken.settings(family.variant),
             )  # fmt: skip
             measured = shares(found)
-            report[task][name] = {"steps": steps, "shares": measured, "drop": drop(sound[steps], measured)}
+            report[task][name] = {"shares": measured, "drop": drop(sound, measured)}
             if broken.shuffled:
                 expected = chance(found.asked, task)
                 report[task][name] |= {

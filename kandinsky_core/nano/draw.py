@@ -45,15 +45,16 @@ EDGE_PX = 2.4  # width of the soft edge
 # What the names leave open, drawn evenly from these ranges; nothing ever touches the border.
 OFFSET = 0.03  # largest distance from the middle at the start, along x and along y
 RADIUS = (0.21, 0.23)  # at the start
-TRAVEL = (0.18, 0.20)
+TRAVEL = (0.17, 0.19)
 GROWTH = (1.50, 1.60)  # final radius / first radius; a shrinking shape divides by it
 TURN = (math.radians(85), math.radians(95))  # clockwise
 JITTER = 0.015  # largest change of a colour channel between clips of one colour name
+# Compositions, not looks: every shape is seen at every size, every motion with every kind of outline.
 HELD_OUT_PAIRS = (
     {"color": "purple", "shape": "square"},
     {"color": "cyan", "shape": "triangle"},
     {"color": "orange", "background": "navy"},
-    {"shape": "cross", "motion": "shrink"},
+    {"shape": "triangle", "motion": "left"},
 )
 HELD_OUT_SHARE = 0.1  # of the remaining combinations
 
@@ -68,7 +69,7 @@ class Scene:
     background: str
     center: tuple[float, float] = (0.5, 0.5)  # x, y at the start
     radius: float = 0.22  # at the start
-    travel: float = 0.19  # path of a moving shape
+    travel: float = 0.18  # path of a moving shape
     growth: float = 1.55  # end radius / start radius of a growing shape
     turn: float = math.radians(90)  # of a rotating shape, clockwise
     tint: tuple[float, ...] = (0.0,) * 6  # added to the colour and the background
@@ -133,7 +134,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return torch.maximum(torch.maximum(sides[0], sides[1]), sides[2])
     if shape == "cross":
         x, y = x.abs(), y.abs()
-        return torch.minimum(torch.maximum(x - 1.0, y - 0.36), torch.maximum(x - 0.36, y - 1.0))
+        return torch.minimum(torch.maximum(x - 1.0, y - 0.40), torch.maximum(x - 0.40, y - 1.0))
     raise KeyError(shape)
 
 

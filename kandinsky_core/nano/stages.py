@@ -176,7 +176,8 @@ def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
         row = family.variant
         frames, (size_px, _) = row.frames[0], row.sizes[0]
         report[member] = evaluate(
-            family, recipe.grade_count, frames=frames, size_px=size_px, sheet=run.folder / f"grade_{member}.png",
+            family, recipe.grade_count, seen_count=recipe.grade_count // 2, frames=frames, size_px=size_px,
+            sheet=run.folder / f"grade_{member}.png",
             note=lambda what, member=member: run.log("grade", now=f"{member}: {what}"),
         )  # fmt: skip
         if kind:
