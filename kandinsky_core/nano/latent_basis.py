@@ -70,7 +70,8 @@ def fit(samples: Iterable[Tensor], channels: int, frames: int = VAE_TEMPORAL) ->
     mean_S = total_S / count
     values, vectors = torch.linalg.eigh(products_SS / count - torch.outer(mean_S, mean_S))
     values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
-    vectors = vectors * vectors.sum(0).sign()  # eigh leaves the sign open
+    # eigh leaves the sign open; no component is nearly orthogonal to random numbers.
+    vectors = vectors * (torch.randn(size, generator=torch.Generator().manual_seed(0)).double() @ vectors).sign()
     spread = values ** (0.5 - WHITENING)
     scale = values**-WHITENING / spread.square().mean().sqrt()
     return LatentBasis(mean_S.float(), (vectors * scale).float(), frames)

@@ -29,11 +29,11 @@ class Course:
     shift: float = 1.5  # of the training times towards noise
 
 
-# Small clips from the start, larger and longer ones later; about a third of the clips continues a given picture.
+# Small clips from the start, larger and longer ones later; half of the clips continue a given picture.
 VIDEO = Course(
     slices=(
         Slice(kind="clip", size_px=64, frames=17, clips=4000, batch=32),
-        Slice(kind="continuation", size_px=64, frames=17, clips=2000, batch=32),
+        Slice(kind="continuation", size_px=64, frames=17, clips=3000, batch=32),
         Slice(kind="picture", size_px=64, clips=1500, batch=48),
         Slice(kind="clip", size_px=128, frames=17, clips=2000, batch=8),
         Slice(kind="continuation", size_px=128, frames=17, clips=1000, batch=8),
@@ -44,13 +44,13 @@ VIDEO = Course(
         Slice(kind="continuation", size_px=64, frames=49, clips=300, batch=12),
     ),
     shares=(
-        Share(slice=0, weight=0.65), Share(slice=1, weight=0.35), Share(slice=2, weight=0.1),
-        Share(slice=3, weight=0.65, begin=0.35), Share(slice=4, weight=0.35, begin=0.35),
+        Share(slice=0, weight=0.5), Share(slice=1, weight=0.5), Share(slice=2, weight=0.1),
+        Share(slice=3, weight=0.5, begin=0.35), Share(slice=4, weight=0.5, begin=0.35),
         Share(slice=5, weight=0.1, begin=0.35),
-        Share(slice=6, weight=0.26, begin=0.45), Share(slice=7, weight=0.14, begin=0.45),
-        Share(slice=8, weight=0.13, begin=0.5), Share(slice=9, weight=0.07, begin=0.5),
+        Share(slice=6, weight=0.2, begin=0.45), Share(slice=7, weight=0.2, begin=0.45),
+        Share(slice=8, weight=0.1, begin=0.5), Share(slice=9, weight=0.1, begin=0.5),
     ),
-    steps=20_000,
+    steps=28_000,
 )  # fmt: skip
 IMAGE = Course(
     slices=(
