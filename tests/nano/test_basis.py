@@ -46,7 +46,9 @@ def test_the_inverse_is_the_best_linear_one(basis):
     again = basis.decode(basis.encode(x))
     assert again.shape == x.shape
     error = (again - x).square().mean()
-    assert error < 0.5 * (x - x.mean()).square().mean()
+    assert error < 0.7 * (x - x.mean()).square().mean()
+    for other in (1.1 * basis.encode(x), basis.encode(x) + 0.1, basis.encode(0.9 * x)):
+        assert (basis.decode(other) - x).square().mean() > error
     # Encoding what was decoded changes nothing: the inverse loses no latent.
     assert_close(basis.encode(again)[:, :, 1:], basis.encode(x)[:, :, 1:], atol=1e-3, rtol=0)
     assert_close(basis.scaled(2.0).decode(2 * basis.encode(x)), again, atol=1e-4, rtol=0)
