@@ -58,7 +58,7 @@ class SwappedAxes(CrossDiT):
 class Break:
     """One thing that is wrong, and the tasks that can show it."""
 
-    tasks: tuple[str, ...] = ("t2v", "i2v", "t2i", "i2i")
+    tasks: tuple[str, ...] = ("t2v", "continuation", "t2i", "i2i")
     model: Callable[[Family], Transformer] | None = None  # None: the family's own
     settings: Callable[[Variant], dict[str, object]] = lambda _: {}
     shuffled: bool = False
@@ -69,7 +69,7 @@ BREAKS = {
     "guidance_1": Break(settings=lambda _: {"guidance": 1.0}),
     "shift_inverse": Break(settings=lambda row: {"shift": 1 / row.shift}),
     "shift_1": Break(settings=lambda _: {"shift": 1.0}),
-    "mask_dropped": Break(tasks=("i2v", "i2i"), model=Unmasked),
+    "mask_dropped": Break(tasks=("continuation", "i2i"), model=Unmasked),
     "axes_swapped": Break(model=SwappedAxes.of),
 }
 
@@ -83,7 +83,7 @@ def chance(asked: Sequence[Scene] | Sequence[Edit], task: str) -> dict[str, floa
     """Return the share of right answers of a perfect model whose prompts are shuffled, expected over all orders.
 
     Exact for these prompts: two of them, drawn with replacement, agree. Of a task with a picture only what the prompt
-    alone decides: motion (i2v), the change (i2i).
+    alone decides: motion (continuation), the change (i2i).
     """
     count = len(asked)
 
@@ -92,9 +92,9 @@ def chance(asked: Sequence[Scene] | Sequence[Edit], task: str) -> dict[str, floa
 
     if task == "i2i":
         return {"asked": agreeing([(item.kind, item.value) for item in asked])}
-    names = ("motion",) if task == "i2v" else SHOWN[task]
+    names = ("motion",) if task == "continuation" else SHOWN[task]
     out = {name: agreeing([item.names[name] for item in asked]) for name in names}
-    if task == "i2v":
+    if task == "continuation":
         return out
     return out | {"all": agreeing([tuple(item.names[name] for name in names) for item in asked])}
 
@@ -116,7 +116,8 @@ def controls(
     """
     report: dict[str, object] = {"variant": family.variant.name, "count": count, "size_px": size_px, "frames": frames}
     common = {"frames": frames, "size_px": size_px}
-    for task in tasks or family.variant.tasks:
+    own = ("continuation" if task == "i2v" else task for task in family.variant.tasks)
+    for task in tasks or own:
         note(f"{task}, sound")
         sound = shares(trial(family, task, count, **common))
         report[task] = {"sound": sound}

@@ -25,7 +25,7 @@ from .run import Run
 from .text import TEMPLATE_OF, encode_batch
 
 PROMPTS = 3  # of a clip
-UNNAMED = 0.7  # share of the prompts of a given picture that do not name what it shows
+UNNAMED = 0.5  # share of the prompts of a given picture that do not name what it shows
 EMPTY = 0.1  # share of empty prompts, for classifier-free guidance
 ENCODED = 200  # prompts encoded at once
 

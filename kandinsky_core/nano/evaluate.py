@@ -1,7 +1,7 @@
 """Measure the nano family on clips, pictures and edits it has never seen: one report and one contact sheet a member.
 
-A report is a dict for JSON: for every task of the member's variant (t2v, i2v, t2i, i2i) "held_out", combinations kept
-from training, and "seen", other scenes of combinations that training draws.
+A report is a dict for JSON: for every task of the member's variant (t2v, i2v and its continuation, t2i, i2i)
+"held_out", combinations kept from training, and "seen", other scenes of combinations that training draws.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .family import Family
 from .grade import ATTRIBUTES
 from .score import STILL_ATTRIBUTES, decibels, flickering, graded, summary
 from .sheet import Entry, contact_sheet, strip, verdict
-from .trial import SHOWN, UNSEEN_SEED, Trial, edit_shares, shares, trial
+from .trial import FROM_PICTURE, SHOWN, UNSEEN_SEED, Trial, edit_shares, shares, trial
 
 SPLITS = {"held_out": True, "seen": False}
 SHEET_ENTRIES = 8  # per task and split
@@ -52,7 +52,7 @@ def evaluate(
         "settings": {name: settings.get(name, getattr(row, name)) for name in ("steps", "guidance", "shift")},
     }  # fmt: skip
     sections: dict[str, list[Entry]] = {}
-    for task in row.tasks:
+    for task in (*row.tasks, *(["continuation"] if "i2v" in row.tasks else [])):
         report[task] = {}
         for split, unseen in SPLITS.items():
             wanted = count if unseen else seen_count
@@ -87,7 +87,7 @@ def details(family: Family, found: Trial) -> dict[str, object]:
         }  # fmt: skip
     flicker = {"made": found.made_BTHWC, "reconstructed": own_BTHWC, "true": found.real_BTHWC}
     out: dict[str, object] = {"flicker": {name: flickering(clips) for name, clips in flicker.items()}}
-    if found.task == "i2v":
+    if found.task in FROM_PICTURE:
         first = reconstruct(family.vae, found.real_BTHWC[:, :1], family.device)
         out["first_frame"] = decibels(found.made_BTHWC[:, :1], first)
     return out

@@ -21,8 +21,10 @@ from .grade import ATTRIBUTES, Grade
 from .score import STILL_ATTRIBUTES, graded, rate, right, summary
 
 UNSEEN_SEED = 1_000_003  # stream of evaluation scenes; training streams use small seeds
-NOISE_SEED = {"t2v": 0, "i2v": 50_000, "t2i": 90_000, "i2i": 130_000}
-SHOWN = {"t2v": ATTRIBUTES, "i2v": ATTRIBUTES, "t2i": STILL_ATTRIBUTES}  # what is graded of a task without a judge
+NOISE_SEED = {"t2v": 0, "i2v": 50_000, "continuation": 70_000, "t2i": 90_000, "i2i": 130_000}
+FROM_PICTURE = ("i2v", "continuation")  # clips with a given first frame: fully described, or only its motion
+# What is graded of a task without a judge.
+SHOWN = {"t2v": ATTRIBUTES, "i2v": ATTRIBUTES, "continuation": ATTRIBUTES, "t2i": STILL_ATTRIBUTES}
 
 Shares = dict[str, dict[str, object]]
 
@@ -35,7 +37,7 @@ class Trial:
     asked: Sequence[Scene] | Sequence[Edit]
     prompts: Sequence[str]
     real_BTHWC: Tensor  # the drawn clips, or the pictures after the edit
-    given_BHWC: Tensor | None  # first frames (i2v) or pictures before the edit (i2i)
+    given_BHWC: Tensor | None  # first frames or pictures before the edit (i2i)
     made_BTHWC: Tensor
     grades: Sequence[Grade] | Sequence[EditGrade]
 
@@ -46,9 +48,13 @@ def trial(
 ) -> Trial:  # fmt: skip
     """Try a task on `count` scenes of held-out combinations, or of those that training draws.
 
+    A "continuation" is "i2v" with prompts that say what happens and name nothing of what the picture shows: identity
+    comes from the picture alone.
+
     `order` gives the prompts to other scenes than their own; `settings` are those of `generate`.
     """
-    frames = frames if task in ("t2v", "i2v") else 1
+    moving = task == "t2v" or task in FROM_PICTURE
+    frames = frames if moving else 1
     rng = random.Random(f"evaluation/{task}/{unseen}")
     common = {"frames": frames, "size_px": size_px, "seed": NOISE_SEED[task], **settings}
     if task == "i2i":
@@ -59,13 +65,12 @@ def trial(
         judged = [judge(*pair, item) for *pair, item in zip(given[:, 0], made[:, 0], asked, strict=True)]
         return Trial(task, asked, prompts, real, given[:, 0], made, judged)
     asked = list(scenes(UNSEEN_SEED, count, unseen=unseen))
-    # With a first frame the prompt says what happens, not what is seen: identity comes from the picture alone.
     words = [
-        continuation(item, rng) if task == "i2v" else caption(item, rng, moving=task == "t2v") for item in asked
+        continuation(item, rng) if task == "continuation" else caption(item, rng, moving=moving) for item in asked
     ]
     prompts = _ordered(words, order)
     real = _drawn(asked, frames, size_px)
-    first = real[:, 0] if task == "i2v" else None
+    first = real[:, 0] if task in FROM_PICTURE else None
     made = generate(family, prompts, images_BHWC=first, **common)
     return Trial(task, asked, prompts, real, first, made, [result for _, result in graded(made, asked)])
 
@@ -80,7 +85,7 @@ def shares(found: Trial) -> Shares:
         return edit_shares(found.grades)
     pairs = list(zip(found.asked, found.grades, strict=True))
     out = summary(pairs, SHOWN[found.task])
-    if found.task == "i2v":
+    if found.task in FROM_PICTURE:
         out["identity"] = rate(right(*pair, STILL_ATTRIBUTES) for pair in pairs)
     return out
 

@@ -19,7 +19,7 @@ LEAST_DROP = 20  # points
 COSTLY = {
     "shift_inverse": ("t2v", "all"),
     "axes_swapped": ("t2v", "all"),
-    "mask_dropped": ("i2v", "identity"),
+    "mask_dropped": ("continuation", "identity"),
 }
 
 
@@ -35,7 +35,9 @@ def report(family):
     names = ("prompts_shuffled", "shift_inverse", "axes_swapped")
     return {
         **controls.controls(family, COUNT, tasks=("t2v",), breaks=names),
-        "i2v": controls.controls(family, COUNT, tasks=("i2v",), breaks=("prompts_shuffled", "mask_dropped"))["i2v"],
+        "continuation": controls.controls(
+            family, COUNT, tasks=("continuation",), breaks=("prompts_shuffled", "mask_dropped")
+        )["continuation"],
     }
 
 
@@ -55,7 +57,7 @@ def test_shuffled_prompts_fall_to_chance(report, measure):
 
 
 def test_with_a_picture_shuffled_prompts_change_the_motion_only(report):
-    found = report["i2v"]["prompts_shuffled"]
+    found = report["continuation"]["prompts_shuffled"]
     assert found["drop"]["motion"] >= LEAST_DROP and not found["above_chance"], found
     assert found["drop"]["identity"] < LEAST_DROP, found
 
@@ -64,7 +66,7 @@ def test_chance_is_exact():
     one, other = (draw.Scene(shape=shape, color="red", motion="up", background="navy") for shape in ("square", "cross"))
     expected = controls.chance([one, one, one, other], "t2v")
     assert expected == {"color": 1, "shape": 0.625, "motion": 1, "background": 1, "all": 0.625}
-    assert controls.chance([one, other], "i2v") == {"motion": 1}
+    assert controls.chance([one, other], "continuation") == {"motion": 1}
     asked = list(edits(1, 30))
     assert 1 / 30 < controls.chance(asked, "i2i")["asked"] < 0.2
     order = controls.permutation(48)

@@ -48,11 +48,11 @@ def perfect(monkeypatch):
 def test_a_perfect_generator_gets_full_marks(perfect, tmp_path):
     report = evaluate(perfect, 6, seen_count=0, sheet=tmp_path / "sheet.png", **SMALL)
     assert {"t2v", "i2v", "t2i"} <= set(report)
-    for task in ("t2v", "i2v", "t2i"):
+    for task in ("t2v", "i2v", "continuation", "t2i"):
         found = report[task]["held_out"]
         assert set(report[task]) == {"held_out"}
         names = {"color", "shape", "background", "all"} | ({"motion"} if task != "t2i" else set())
-        for name in names | ({"identity"} if task == "i2v" else set()):
+        for name in names | ({"identity"} if task in trials.FROM_PICTURE else set()):
             assert found[name]["right"] == found[name]["count"] == 6, (task, name)
     assert report["i2v"]["held_out"]["first_frame"]["psnr_mean_db"] > 20
     assert report["t2v"]["held_out"]["flicker"]["made"] == report["t2v"]["held_out"]["flicker"]["true"]
@@ -77,7 +77,7 @@ def test_both_splits_ask_for_what_they_say(perfect):
 
 
 def test_prompts_of_a_given_picture_do_not_describe_it(perfect):
-    found = trials.trial(perfect, "i2v", 12, **SMALL)
+    found = trials.trial(perfect, "continuation", 12, **SMALL)
     for item, prompt in zip(found.asked, found.prompts, strict=True):
         assert not {item.color, item.shape, *draw.COLORS, *draw.SHAPES, *draw.BACKGROUNDS} & set(prompt.split())
     assert torch.equal(found.given_BHWC, found.real_BTHWC[:, 0])
