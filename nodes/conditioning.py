@@ -38,20 +38,10 @@ class K5EncodeText(io.ComfyNode):
                     "clip",
                     tooltip="From the Kandinsky 5 Text Encoder Loader, or core's DualCLIPLoader (kandinsky5).",
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What to show. Whole sentences work best: subject, action, place, camera, style.",
-                ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default=VIDEO_NEGATIVE,
-                    tooltip="What to avoid; used while guidance is not 1. The default is the released one for video; "
-                    "image models were released with an empty one.",
+                *prompt_inputs(
+                    "What to show. Whole sentences work best: subject, action, place, camera, style.",
+                    VIDEO_NEGATIVE,
+                    "The default is the released one for video; image models were released with an empty one.",
                 ),
                 io.Combo.Input(
                     "template",
@@ -103,6 +93,20 @@ class K5EncodeText(io.ComfyNode):
         return io.NodeOutput(
             positive.conditioning, negative.conditioning, f"template: {template}\n{report}" + notes(positive, negative)
         )
+
+
+def prompt_inputs(prompt: str, negative: str, released: str) -> list[io.String.Input]:
+    """Widgets for both prompts: the tooltip of the first; default of the second, and what it was released with."""
+    return [
+        io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=prompt),
+        io.String.Input(
+            "negative_prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            default=negative,
+            tooltip=f"What to avoid; used while guidance is not 1. {released}",
+        ),
+    ]
 
 
 def _text_settings(template: str, max_tokens: int, model: Any) -> tuple[str, int]:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError, ShapeError, TextError
 from ..kandinsky_core.io.image import nearest_size
-from ..kandinsky_core.shapes import MULTIPLE_PX, VideoShape
+from ..kandinsky_core.shapes import VideoShape
 from ..kandinsky_core.text.encoder import TEXT_POSITIONS
 from ..kandinsky_core.variants import SIZES_1024, Variant
 from .comfy_io import io
-from .conditioning import CATEGORY, CROP, STRETCH, fit_image, notes, text_report, with_values
+from .conditioning import CATEGORY, CROP, STRETCH, fit_image, notes, prompt_inputs, text_report, with_values
 from .host import KNOWN_EDIT, host
-from .size import CUSTOM, MAX_SIDE_PX, size_message
+from .size import CUSTOM, side_inputs, size_message
 
 NO_PROMPT = "The prompt is empty. Say what to change in the picture, for example: make the sky red."
 AS_IMAGE = "as the image"
@@ -41,19 +41,10 @@ class K5ImageEdit(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="FLUX autoencoder."),
                 io.Image.Input("image", tooltip="The picture to change, one at a time."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What to change, and what to keep: an instruction, not a description.",
-                ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What to avoid; used while guidance is not 1. The model was released with an empty one.",
+                *prompt_inputs(
+                    "What to change, and what to keep: an instruction, not a description.",
+                    "",
+                    "The model was released with an empty one.",
                 ),
                 io.Combo.Input(
                     "size",
@@ -62,17 +53,7 @@ class K5ImageEdit(io.ComfyNode):
                     tooltip="'as the image': the size nearest to its shape that the model was trained on. "
                     "'custom': the width and height below.",
                 ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=1024,
-                        min=MULTIPLE_PX,
-                        max=MAX_SIDE_PX,
-                        step=MULTIPLE_PX,
-                        tooltip="Pixels, a multiple of 16; used by 'custom'.",
-                    )
-                    for name in ("width", "height")
-                ),
+                *side_inputs(1024, 1024, "Pixels, a multiple of 16; used by 'custom'."),
                 io.Combo.Input(
                     "fit",
                     options=[CROP, STRETCH],

@@ -45,22 +45,7 @@ class K5Size(io.ComfyNode):
                     tooltip="A size the models were trained on (sides up to 768: SD video; others: HD video and "
                     "images), or 'custom' for the width and height below.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=MULTIPLE_PX,
-                    max=MAX_SIDE_PX,
-                    step=MULTIPLE_PX,
-                    tooltip="Pixels; used by 'custom'.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=512,
-                    min=MULTIPLE_PX,
-                    max=MAX_SIDE_PX,
-                    step=MULTIPLE_PX,
-                    tooltip="Pixels; used by 'custom'.",
-                ),
+                *side_inputs(768, 512, "Pixels; used by 'custom'."),
                 io.Int.Input(
                     "length",
                     default=121,
@@ -168,25 +153,20 @@ class K5EmptyLatent(io.ComfyNode):
         return io.NodeOutput({"samples": host().zeros(shape)})
 
 
+def side_inputs(width: int, height: int, tooltip: str) -> list[io.Int.Input]:
+    """Widgets for width and height with these defaults, in pixels."""
+    return [
+        io.Int.Input(
+            name, default=side, min=MULTIPLE_PX, max=MAX_SIDE_PX, step=MULTIPLE_PX, tooltip=tooltip
+        )
+        for name, side in (("width", width), ("height", height))
+    ]
+
+
 def size_inputs() -> list[io.Int.Input]:
     """Widgets for width, height, length and batch size, the same in every node that has them."""
     return [
-        io.Int.Input(
-            "width",
-            default=768,
-            min=MULTIPLE_PX,
-            max=MAX_SIDE_PX,
-            step=MULTIPLE_PX,
-            tooltip="Pixels, a multiple of 16.",
-        ),
-        io.Int.Input(
-            "height",
-            default=512,
-            min=MULTIPLE_PX,
-            max=MAX_SIDE_PX,
-            step=MULTIPLE_PX,
-            tooltip="Pixels, a multiple of 16.",
-        ),
+        *side_inputs(768, 512, "Pixels, a multiple of 16."),
         io.Int.Input(
             "length",
             default=121,

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from comfyui_kandinsky5.kandinsky_core.io import save_checkpoint, spec_metadata
 from comfyui_kandinsky5.kandinsky_core.model import CrossDiT
-from comfyui_kandinsky5.kandinsky_core.nano import NAMES
 from comfyui_kandinsky5.kandinsky_core.vae.flux import FluxVAE
 from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import HunyuanVideoVAE
-from comfyui_kandinsky5.kandinsky_core.variants import NANO_IMAGE_VAE, VARIANTS, CrossDiTSpec, VAESpec
+from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS, CrossDiTSpec, VAESpec
 
 VIDEO, IMAGE, EDIT = "k5_tiny_video.safetensors", "k5_tiny_image.safetensors", "k5_tiny_edit.safetensors"
 VIDEO_VAE, IMAGE_VAE = "k5_tiny_video_vae.safetensors", "k5_tiny_image_vae.safetensors"
@@ -51,31 +50,6 @@ def write(models: Path) -> None:
         metadata = {"kandinsky5.vae": json.dumps(asdict(vae.spec))}
         save_checkpoint(models / "vae" / name, _weights(vae), metadata)
     _text_encoders(models / "text_encoders")
-
-
-def write_nano(models: Path) -> dict[str, str]:
-    """Write random weights of the image and the editing nano's specifications under `models`.
-
-    Returns file names by what `nano.files` calls them; the text encoders are fresh ones, too.
-    """
-    from comfyui_kandinsky5.kandinsky_core.nano import text
-    from comfyui_kandinsky5.kandinsky_core.text.tokens import load_clip_tokenizer, load_qwen_tokenizer
-
-    for key, row in (("image_model", "nano_image"), ("edit_model", "nano_edit")):
-        found = VARIANTS[row]
-        save_checkpoint(
-            models / "diffusion_models" / NAMES[key], _weights(CrossDiT(found.spec)), spec_metadata(found)
-        )
-    metadata = {"kandinsky5.vae": json.dumps(asdict(NANO_IMAGE_VAE))}
-    save_checkpoint(models / "vae" / NAMES["image_vae"], _weights(FluxVAE(NANO_IMAGE_VAE)), metadata)
-    qwen, clip = (models / "text_encoders" / NAMES[key] for key in ("text_encoder", "clip"))
-    sizes = (
-        text.save_tokenizer(qwen, text.QWEN_SPECIAL, lower=False),
-        text.save_tokenizer(clip, text.CLIP_SPECIAL, lower=True),
-    )
-    text.new_qwen(load_qwen_tokenizer(qwen), sizes[0]).save_pretrained(qwen)
-    text.new_clip(load_clip_tokenizer(clip), sizes[1]).save_pretrained(clip)
-    return {key: NAMES[key] for key in ("image_model", "edit_model", "image_vae", "text_encoder", "clip")}
 
 
 def _weights(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -23,11 +23,13 @@ from ..vae.flux import FluxVAE
 from ..vae.hunyuan import CausalConv3d, HunyuanVideoVAE
 from ..variants import VAESpec
 from .batch import Batch, Phase, drawn_batch, whole_clips
+from .codec import clips
 from .draw import scenes
 from .latent_basis import LatentBasis, fit
 from .layers import TRAINING_OPS
 from .optimizer import optimizers
 from .run import Run, train
+from .score import decibels
 
 VAE = HunyuanVideoVAE | FluxVAE
 Encode = Callable[[Tensor], Tensor]  # pixels [B,3,T,H,W] -> raw latents [B,C,t,h,w]
@@ -167,19 +169,13 @@ def decoding_loss(decode: Decode, z_BCTHW: Tensor, x_BCTHW: Tensor, *, later: bo
     return reconstruction_loss(decode(z_BCTHW[:, :, 1:])[:, :, 1:], x_BCTHW[:, :, 1 + VAE_TEMPORAL :])
 
 
-def psnr(out: Tensor, x: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of each clip, pixels -1…1, `[B]`."""
-    error = (out.float().clamp(-1, 1) - x).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / error)
-
-
 def _basis(
     run: Run, spec: VAESpec, sizes: Sequence[tuple[int, int]], frames: int, block_frames: int
 ) -> LatentBasis:
     samples = (
-        clips
+        part
         for stream, (count, size_px) in enumerate(sizes, run.seed)
-        for clips in whole_clips(scenes(stream, count, unseen=False), size_px=size_px, frames=frames)
+        for part in whole_clips(scenes(stream, count, unseen=False), size_px=size_px, frames=frames)
     )
     return fit(samples, spec.latent_channels, block_frames).to(run.device)
 
@@ -187,9 +183,9 @@ def _basis(
 def _train(run: Run, vae: VAE, basis: LatentBasis, schedule: Schedule, frames: int) -> VAE:
     raw = basis.scaled(1 / vae.spec.scaling_factor)
     tests = [
-        clips.to(run.device)
+        part.to(run.device)
         for count, size_px in TESTS
-        for clips in whole_clips(scenes(run.seed + 2, count, unseen=True), size_px=size_px, frames=frames)
+        for part in whole_clips(scenes(run.seed + 2, count, unseen=True), size_px=size_px, frames=frames)
     ]
     _train_encoder(run, vae, raw, tests, schedule.encoder)
     _train_decoder(run, vae, raw.encode, tests, schedule.decoder)
@@ -229,7 +225,9 @@ def _train_decoder(
 
     @torch.no_grad()
     def watch() -> dict[str, float]:
-        return {f"psnr_{x.shape[-1]}px": psnr(decode(encode(x)), x).mean().item() for x in tests}
+        return {
+            f"psnr_{x.shape[-1]}px": decibels(clips(decode(encode(x))), clips(x))["psnr_mean_db"] for x in tests
+        }
 
     half = _half(vae, "decoder", "post_quant_conv")
     _run_phases(run, half, phases, loss, watch)

@@ -43,7 +43,8 @@ CONTINUATION_FORMS = (
 )
 
 
-def _finish(text: str, rng: random.Random) -> str:
+def finish(text: str, rng: random.Random) -> str:
+    """Write a sentence with or without capital and full stop."""
     text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
     return text + "." if rng.random() < 0.5 else text
 
@@ -57,13 +58,13 @@ def caption(scene: Scene, rng: random.Random, *, moving: bool = True) -> str:
         "background": BACKGROUND_PHRASES[scene.background],
         "motion": rng.choice(MOTION_PHRASES[scene.motion]),
     }
-    return _finish(rng.choice(CLIP_FORMS if moving else IMAGE_FORMS).format(**words), rng)
+    return finish(rng.choice(CLIP_FORMS if moving else IMAGE_FORMS).format(**words), rng)
 
 
 def continuation(scene: Scene, rng: random.Random) -> str:
     """Say how a given picture goes on, without naming anything that it shows."""
     motion = rng.choice(MOTION_PHRASES[scene.motion])
-    return _finish(rng.choice(CONTINUATION_FORMS).format(motion=motion), rng)
+    return finish(rng.choice(CONTINUATION_FORMS).format(motion=motion), rng)
 
 
 def language() -> Iterator[str]:

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .caption import BACKGROUND_PHRASES, _finish
+from .caption import BACKGROUND_PHRASES, finish
 from .draw import BACKGROUNDS, COLORS, SHAPES, Scene, coverage, held_out, scene
 from .grade import NOTHING, border_color, grade, object_mask, positions
 
@@ -114,7 +114,7 @@ def edits(seed: int, count: int, *, unseen: bool | None = None) -> Iterator[Edit
 def instruction(wanted: Edit, rng: random.Random) -> str:
     """Ask for an edit in one sentence."""
     before, after = wanted.before, wanted.after
-    return _finish(
+    return finish(
         rng.choice(INSTRUCTION_FORMS[wanted.kind]).format(
             color=after.color,
             shape=after.shape,

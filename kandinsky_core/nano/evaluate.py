@@ -6,7 +6,7 @@ A report is a dict for JSON: for every task of the member's variant (t2v, i2v an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,16 +43,16 @@ def measure_vae(
 
 def evaluate(
     family: Family, count: int = 200, *, seen_count: int = 100, frames: int = 17, size_px: int = 64,
-    sheet: Path | None = None, note: Note = lambda _: None, **settings: object,
+    tasks: Sequence[str] | None = None, sheet: Path | None = None, note: Note = lambda _: None, **settings: object,
 ) -> dict[str, object]:  # fmt: skip
-    """Measure every task of the member's variant; `settings` (steps, guidance, shift, …) replace the variant's."""
+    """Measure tasks, by default all of the member's variant; `settings` (steps, guidance, shift, …) replace its own."""
     row = family.variant
     report: dict[str, object] = {
         "variant": row.name, "size_px": size_px, "frames": frames,
         "settings": {name: settings.get(name, getattr(row, name)) for name in ("steps", "guidance", "shift")},
     }  # fmt: skip
     sections: dict[str, list[Entry]] = {}
-    for task in (*row.tasks, *(["continuation"] if "i2v" in row.tasks else [])):
+    for task in tasks or (*row.tasks, *(["continuation"] if "i2v" in row.tasks else [])):
         report[task] = {}
         for split, unseen in SPLITS.items():
             wanted = count if unseen else seen_count

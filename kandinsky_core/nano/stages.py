@@ -19,9 +19,10 @@ from ..train.data import Bucket, Prompts
 from ..variants import Variant, variant
 from .autoencoder import image_basis, recipe_facts, save_vae, train_image_vae, train_video_vae, video_basis
 from .codec import ScaledVAE
+from .controls import controls
 from .corpus import make_bucket
 from .evaluate import evaluate, measure_vae
-from .family import load_family
+from .family import MEMBERS, load_family
 from .gate import gate
 from .plot import plot
 from .recipe import Course, Recipe
@@ -169,7 +170,10 @@ def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> lis
 
 
 def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
-    """Measure everything with the trained autoencoders; writes grade.json and a contact sheet a member."""
+    """Measure everything with the trained autoencoders; writes grade.json and a contact sheet a member.
+
+    The limits are for the variant's first size and length; the others are in the report too, measured on fewer clips.
+    """
     report: dict[str, dict[str, object]] = {}
     for member, kind in (("video", "vae"), ("image", "image_vae"), ("edit", None)):
         family = load_family(out, run.device, member)
@@ -184,8 +188,39 @@ def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
             report[member]["vae"] = measure_vae(
                 family.vae, recipe.grade_count, size_px=size_px, frames=frames, device=run.device
             )
-    (run.folder / "grade.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report[member]["other_sizes"] = [
+            evaluate(
+                family, recipe.grade_count // 4, seen_count=0, frames=length, size_px=side,
+                tasks=("i2i",) if member == "edit" else None,
+                note=lambda what, member=member: run.log("grade", now=f"{member}: {what}"),
+            )
+            for side, length in other_sizes(row)
+        ]  # fmt: skip
+    write_json(run.folder / "grade.json", report)
     plot(run.folder / "log.jsonl", run.folder / "log.png")
+
+
+def other_sizes(row: Variant) -> list[tuple[int, int]]:
+    """Return the sides in px and lengths in frames that a variant is trained on besides its first of both."""
+    sides = [side for side, _ in row.sizes[1:]]
+    return [*((side, row.frames[0]) for side in sides), *((row.sizes[0][0], length) for length in row.frames[1:])]
+
+
+def write_json(path: Path, report: dict[str, dict[str, object]]) -> None:
+    """Write a report for people and programs."""
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def controls_stage(run: Run, recipe: Recipe, out: Files) -> None:
+    """Measure what happens when one thing is broken, with the trained autoencoders; writes controls.json."""
+    report = {}
+    for member in MEMBERS:
+        family = load_family(out, run.device, member)
+        report[member] = controls(
+            family, recipe.gate_count, frames=family.variant.frames[0], size_px=family.variant.sizes[0][0],
+            note=lambda what, member=member: run.log("controls", now=f"{member}: {what}"),
+        )  # fmt: skip
+    write_json(run.folder / "controls.json", report)
 
 
 def graded(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
@@ -203,4 +238,5 @@ STAGES = {
     "image": Stage(work=image_stage, needs=("latents",), gate=partial(measured_member, member="image")),
     "edit": Stage(work=edit_stage, needs=("latents",), gate=partial(measured_member, member="edit")),
     "grade": Stage(work=grade_stage, needs=("vae", "image_vae", "dit", "image", "edit"), gate=graded),
+    "controls": Stage(work=controls_stage, needs=("vae", "image_vae", "dit", "image", "edit")),
 }

@@ -1,8 +1,8 @@
 """Train the nano family from nothing: `python -m kandinsky_core.nano.train --out DIR`.
 
 Stages: vae, image_vae (autoencoders), text (tokenizers and text encoders), latents (training data of the transformers),
-dit (video), image, edit (transformers), grade (measure everything). Every stage continues where it stopped and must
-pass its gate. Finished weights appear under DIR/weights with the names of `nano.files()`.
+dit (video), image, edit (transformers), grade (measure everything), controls (measure it broken). Every stage continues
+where it stopped and must pass its gate. Finished weights appear under DIR/weights with the names of `nano.files()`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 from comfyui_kandinsky5.headless.catalogue import catalogue
-from comfyui_kandinsky5.kandinsky_core import nano
 from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 from comfyui_kandinsky5.nodes.standalone_io import io
@@ -95,19 +94,3 @@ def host(models, tmp_path, monkeypatch):
     made = StandaloneHost(models=models, output=tmp_path / "out", device="cpu")
     door.install(made)
     return made
-
-
-@pytest.fixture(scope="session")
-def nano_models(tmp_path_factory):
-    """A models folder with random weights of the image and the editing nano; paths by what `nano.files` calls them."""
-    folder = tmp_path_factory.mktemp("nano")
-    names = tiny.write_nano(folder)
-    return {key: next(folder.rglob(name)) for key, name in names.items()}
-
-
-@pytest.fixture
-def stand_ins(nano_models, monkeypatch):
-    """Random weights as the built-in files."""
-    paths = nano.files() | nano_models
-    monkeypatch.setattr(nano, "files", lambda: paths)
-    return nano_models

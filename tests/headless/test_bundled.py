@@ -174,11 +174,11 @@ def test_nano_workflows_run_as_they_are(run, name):
 
 
 @pytest.mark.parametrize("name", ["t2i_nano", "edit_nano"])
-def test_image_nano_workflows_run_as_they_are(run, stand_ins, name):
+def test_image_nano_workflows_run_as_they_are(run, name):
     assert read_image(run(name)).pixels_1HW3.shape == (1, 128, 128, 3)
 
 
-def test_the_edited_picture_follows_the_one_before_it(run, stand_ins):
+def test_the_edited_picture_follows_the_one_before_it(run):
     first, same, other = (
         read_image(run("edit_nano", "--set", f"Picture sampler.seed={seed}")).pixels_1HW3 for seed in (7, 7, 8)
     )

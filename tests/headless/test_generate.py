@@ -20,7 +20,7 @@ def calls(host, **wish):
     ("model", "key", "vae"),
     [("nano-image", "image_model", "image_vae"), ("nano-edit", "edit_model", "image_vae")],
 )
-def test_built_in_models_bring_their_companions(host, stand_ins, model, key, vae):
+def test_built_in_models_bring_their_companions(host, model, key, vae):
     made = calls(host, model=model)
     assert made["K5LoadModel"]["model_name"] == built_in(key)
     assert made["K5LoadVAE"]["vae_name"] == built_in(vae)
@@ -29,7 +29,7 @@ def test_built_in_models_bring_their_companions(host, stand_ins, model, key, vae
     assert made == calls(host, model=built_in(key))
 
 
-def test_a_picture_for_an_editing_model_is_edited_at_its_own_shape(host, stand_ins, tmp_path):
+def test_a_picture_for_an_editing_model_is_edited_at_its_own_shape(host, tmp_path):
     made = calls(host, model="nano-edit", image=tmp_path / "picture.png")
     assert made["K5ImageEdit"]["size"] == "as the image"
     assert isinstance(made["K5ImageEdit"]["model"], Link)

@@ -118,7 +118,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (base / "custom_nodes" / FOLDER).symlink_to(PACK)
     (base / "custom_nodes" / "k5_test_nodes").symlink_to(Path(__file__).parent / "test_nodes")
     tiny.write(base / "models")
-    tiny.write_nano(base / "models")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

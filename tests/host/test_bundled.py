@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-NANO = ("t2v_nano", "i2v_nano")
 # What is left between equal computations is H.264, which the two savers set differently.
 CODEC_TOLERANCE = 0.02  # mean absolute difference, 0…1
 PICTURE_TOLERANCE = 0.005  # PNG loses nothing; what is left is rounding
@@ -29,15 +27,25 @@ def standalone(monkeypatch, tmp_path):
     door.install(StandaloneHost(device="cpu"))
 
 
-@pytest.mark.parametrize("name", NANO)
-def test_the_clip_is_the_same_with_and_without_comfyui(server, standalone, tmp_path, capsys, name):
-    document = read_document(FOLDER / f"{name}.json")
-    graph = parse(document, node_types())
-    outputs = server.run(to_api(graph), extra_data={"extra_pnginfo": {"workflow": document}})
-    saver = next(call.id for call in graph.values() if call.type == "SaveVideo")
-    inside = read_video(server.file(outputs[saver]["images"][0]))
-    assert main(["run", name, "--out", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
-    outside = read_video(capsys.readouterr().out.splitlines()[-1])
+@pytest.fixture
+def both(server, standalone, tmp_path, capsys):
+    """Run a bundled workflow inside and outside ComfyUI; gives its document and the two saved files."""
+
+    def call(name, saver):
+        document = read_document(FOLDER / f"{name}.json")
+        graph = parse(document, node_types())
+        outputs = server.run(to_api(graph), extra_data={"extra_pnginfo": {"workflow": document}})
+        node = next(call.id for call in graph.values() if call.type == saver)
+        assert main(["run", name, "--out", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+        return document, server.file(outputs[node]["images"][0]), capsys.readouterr().out.splitlines()[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["t2v_nano", "i2v_nano"])
+def test_the_clip_is_the_same_with_and_without_comfyui(both, name):
+    document, *files = both(name, "SaveVideo")
+    inside, outside = map(read_video, files)
     assert inside.frames_THW3.shape == outside.frames_THW3.shape == (17, 64, 64, 3)
     assert inside.fps == outside.fps == 8
     assert (inside.frames_THW3 - outside.frames_THW3).abs().mean() < CODEC_TOLERANCE
@@ -45,18 +53,9 @@ def test_the_clip_is_the_same_with_and_without_comfyui(server, standalone, tmp_p
 
 
 @pytest.mark.parametrize("name", ["t2i_nano", "edit_nano"])
-def test_the_picture_is_the_same_with_and_without_comfyui(server, standalone, tmp_path, capsys, name):
-    """With random weights of the nanos' sizes, which lie in the server's models folder."""
-    file = tmp_path / f"{name}.json"
-    text = (FOLDER / f"{name}.json").read_text(encoding="utf-8")
-    file.write_text(re.sub(r"nano/(\S+) \[built-in\]", r"\1", text), encoding="utf-8")
-    door.install(StandaloneHost(models=server.base / "models", device="cpu"))
-    graph = parse(read_document(file), node_types())
-    saver = next(call.id for call in graph.values() if call.type == "SaveImage")
-    inside = read_image(server.file(server.run(to_api(graph))[saver]["images"][0])).pixels_1HW3
-    command = ["run", str(file), "--models", str(server.base / "models"), "--out", str(tmp_path)]
-    assert main([*command, "--device", "cpu", "--quiet"]) == 0
-    outside = read_image(capsys.readouterr().out.splitlines()[-1]).pixels_1HW3
+def test_the_picture_is_the_same_with_and_without_comfyui(both, name):
+    _, *files = both(name, "SaveImage")
+    inside, outside = (read_image(file).pixels_1HW3 for file in files)
     assert inside.shape == outside.shape == (1, 128, 128, 3)
     assert (inside - outside).abs().mean() < PICTURE_TOLERANCE
 

@@ -11,7 +11,9 @@ def bucket(clips=5, prompts=3, edited=False):
     rows = torch.arange(clips * prompts)
     mine = (rows // prompts).float()
     text = Prompts(
-        mine[:, None, None].expand(-1, 4, 2).half(), rows[:, None] % 4 >= torch.arange(4), (rows % prompts).float()[:, None]
+        mine[:, None, None].expand(-1, 4, 2).half(),
+        rows[:, None] % 4 >= torch.arange(4),
+        (rows % prompts).float()[:, None],
     )
     latents = torch.arange(clips).half().view(-1, 1, 1, 1, 1).expand(-1, 16, 2, 4, 4)
     return Bucket(latents, rows.view(clips, prompts), text, -latents if edited else None)
