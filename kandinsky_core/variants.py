@@ -244,7 +244,7 @@ _NANO_VIDEO = Variant(
     tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
     spec=NANO_VIDEO, vae=NANO_VAE, steps=8, guidance=4.0, shift=5.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
     rope_side_px=64,
-    sizes=((64, 64), (128, 128), (256, 256)), frames=(17,), fps=8,
+    sizes=((64, 64), (128, 128), (256, 256)), frames=(17, 49), fps=8,
 )  # fmt: skip
 _NANO_IMAGE = replace(
     _NANO_VIDEO, name="nano_image", title="Nano, text to image, built in", family="nano_image",

@@ -38,14 +38,13 @@ from ..kandinsky_core.model.attention import Attend
 from ..kandinsky_core.variants import (
     FLUX_VAE,
     HUNYUAN_VAE,
-    NANO_VAE,
     VARIANTS,
     CrossDiTSpec,
     VAESpec,
     Variant,
 )
 from .host import KNOWN_EDIT
-from .preview import NANO_BIAS, NANO_FACTORS
+from .preview import NANO_COLORS
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -180,6 +179,12 @@ def rope_scale_of(options: dict[str, Any], preset: tuple[float, float, float]) -
     return (1 / t, 1 / y, 1 / x)
 
 
+def own_preview(latents: comfy.latent_formats.LatentFormat, spec: VAESpec) -> None:
+    """Replace core's preview colours, which do not fit another autoencoder; an unknown one gets no preview."""
+    latents.latent_rgb_factors, latents.latent_rgb_factors_bias = NANO_COLORS.get(spec, (None, None))
+    latents.taesd_decoder_name = None
+
+
 class FluxUnshifted(comfy.latent_formats.Flux):
     """FLUX latents as Kandinsky 5 uses them: scaled, not shifted; preview colours follow."""
 
@@ -189,8 +194,7 @@ class FluxUnshifted(comfy.latent_formats.Flux):
         self.scale_factor = spec.scaling_factor
         self.shift_factor = 0.0
         if spec.block_out_channels != FLUX_VAE.block_out_channels:
-            # Another autoencoder's latents: core's preview colours and preview decoder do not fit.
-            self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
+            own_preview(self, spec)
             return
         sums = [sum(channel) for channel in zip(*self.latent_rgb_factors, strict=True)]
         self.latent_rgb_factors_bias = [
@@ -204,12 +208,8 @@ class HunyuanScaled(comfy.latent_formats.HunyuanVideo):
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
         self.scale_factor = spec.scaling_factor
-        if spec == NANO_VAE:
-            self.latent_rgb_factors, self.latent_rgb_factors_bias = NANO_FACTORS, NANO_BIAS
-            self.taesd_decoder_name = None
-        elif spec.block_out_channels != HUNYUAN_VAE.block_out_channels:
-            # Another autoencoder's latents: core's preview colours and preview decoder do not fit.
-            self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
+        if spec.block_out_channels != HUNYUAN_VAE.block_out_channels:
+            own_preview(self, spec)
 
 
 class K5Config(comfy.supported_models_base.BASE):
