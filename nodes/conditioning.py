@@ -156,12 +156,7 @@ class K5ImageToVideo(io.ComfyNode):
                     "start_image", tooltip="The first frame. Of several images the first 4n+1 start the clip."
                 ),
                 *size_inputs(),
-                io.Combo.Input(
-                    "fit",
-                    options=[CROP, STRETCH],
-                    default=CROP,
-                    tooltip="How an image of another shape is fitted: cut off what sticks out, or distort it.",
-                ),
+                fit_input(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -211,10 +206,31 @@ class K5ImageToVideo(io.ComfyNode):
 
 def _start_report(given_THWC: Tensor, used_THWC: Tensor, fit: str) -> str:
     """Say what became of the start image."""
-    (frames, rows, columns), (kept, height, width) = given_THWC.shape[:3], used_THWC.shape[:3]
-    fitted = "" if (rows, columns) == (height, width) else f", {fit} from {columns} × {rows}"
+    frames, kept = len(given_THWC), len(used_THWC)
     cut = f"; {kept} of {frames} frames used" if kept != frames else ""
-    return f"start: {kept} frame(s) of {width} × {height}{fitted}{cut}"
+    return f"start: {kept} frame(s) of {fitted(given_THWC, used_THWC, fit)}{cut}"
+
+
+def fitted(given_THWC: Tensor, used_THWC: Tensor, fit: str) -> str:
+    """Name the size of an image that was fitted, and what it was fitted from."""
+    (rows, columns), (height, width) = given_THWC.shape[1:3], used_THWC.shape[1:3]
+    return f"{width} × {height}" + ("" if (rows, columns) == (height, width) else f", {fit} from {columns} × {rows}")
+
+
+def fit_input() -> io.Combo.Input:
+    """Widget for how an image of another shape is fitted."""
+    return io.Combo.Input(
+        "fit",
+        options=[CROP, STRETCH],
+        default=CROP,
+        tooltip="How an image of another shape is fitted: cut off what sticks out, or distort it.",
+    )
+
+
+def check_image(image_THWC: Tensor) -> None:
+    """Refuse what is not an IMAGE of at least one pixel."""
+    if image_THWC.ndim != 4 or image_THWC.shape[-1] < 3 or 0 in image_THWC.shape:
+        raise ShapeError(f"An image is [frames, height, width, 3]; got {list(image_THWC.shape)}.")
 
 
 def with_values(conditioning: Conditioning, values: dict[str, Any]) -> Conditioning:
@@ -224,8 +240,7 @@ def with_values(conditioning: Conditioning, values: dict[str, Any]) -> Condition
 
 def fit_image(image_THWC: Tensor, width: int, height: int, fit: str) -> Tensor:
     """Bring images 0…1 [T,H,W,C] to width × height [T,height,width,3], antialiased."""
-    if image_THWC.ndim != 4 or image_THWC.shape[-1] < 3 or 0 in image_THWC.shape:
-        raise ShapeError(f"A start image is [frames, height, width, 3]; got {list(image_THWC.shape)}.")
+    check_image(image_THWC)
     image_TCHW = image_THWC[..., :3].movedim(-1, 1).float()
     rows, columns = image_TCHW.shape[2:]
     if (rows, columns) == (height, width):

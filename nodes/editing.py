@@ -13,7 +13,17 @@ from ..kandinsky_core.shapes import VideoShape
 from ..kandinsky_core.text.encoder import TEXT_POSITIONS
 from ..kandinsky_core.variants import SIZES_1024, Variant
 from .comfy_io import io
-from .conditioning import CATEGORY, CROP, STRETCH, fit_image, notes, prompt_inputs, text_report, with_values
+from .conditioning import (
+    CATEGORY,
+    check_image,
+    fit_image,
+    fit_input,
+    fitted,
+    notes,
+    prompt_inputs,
+    text_report,
+    with_values,
+)
 from .host import KNOWN_EDIT, host
 from .size import CUSTOM, side_inputs, size_message
 
@@ -54,17 +64,12 @@ class K5ImageEdit(io.ComfyNode):
                     "'custom': the width and height below.",
                 ),
                 *side_inputs(1024, 1024, "Pixels, a multiple of 16; used by 'custom'."),
-                io.Combo.Input(
-                    "fit",
-                    options=[CROP, STRETCH],
-                    default=CROP,
-                    tooltip="How an image of another shape is fitted: cut off what sticks out, or distort it.",
-                ),
+                fit_input(),
                 io.Model.Input(
                     "model",
                     optional=True,
                     tooltip="Optional: names the sizes of this model for 'as the image', and refuses one that cannot "
-                    "edit before anything runs. Without it: the sizes of the released editing model.",
+                    "edit before anything is encoded. Without it: the sizes of the released editing model.",
                 ),
             ],
             outputs=[
@@ -103,7 +108,8 @@ class K5ImageEdit(io.ComfyNode):
         """Fit the picture, show it to both prompts, and write its latent into both conditionings."""
         _check_sockets(clip, vae, prompt)
         row = None if model is None else editing_row(model)
-        if image.ndim == 4 and len(image) > 1:
+        check_image(image)
+        if len(image) > 1:
             raise ShapeError(
                 f"'image' holds {len(image)} pictures; one is edited at a time. Pick one of them."
             )
@@ -121,7 +127,7 @@ class K5ImageEdit(io.ComfyNode):
         given = {KNOWN_EDIT: host().vae_encode(vae, picture_1HWC)}
         _, rows, columns = VideoShape(width_px=width, height_px=height, frames=1).latent_thw
         report = [
-            f"picture: {_fitted(image, width, height, fit)}",
+            f"picture: {fitted(image, picture_1HWC, fit)}",
             *(
                 text_report(name, text, encoded, TEXT_POSITIONS, "shorten it")
                 for name, text, encoded in zip(
@@ -165,11 +171,3 @@ def editing_row(model: Any) -> Variant:
         what = "not a Kandinsky 5 one" if row is None else f"{row.title}, which cannot edit pictures"
         raise KandinskyError(f"The model on 'model' is {what}. Load an image-editing (I2I) model.")
     return row
-
-
-def _fitted(image_THWC: Tensor, width: int, height: int, fit: str) -> str:
-    """Say what became of the picture."""
-    rows, columns = image_THWC.shape[1:3]
-    return f"{width} × {height}" + (
-        "" if (rows, columns) == (height, width) else f", {fit} from {columns} × {rows}"
-    )

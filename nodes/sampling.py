@@ -186,9 +186,10 @@ def _same_start(positive: Conditioning, negative: Conditioning, row: Variant) ->
     """Return the negative prompt with the positive one's start or picture: both passes must see the same."""
     keys = (KNOWN_FRAMES, KNOWN_MASK, KNOWN_EDIT)
     start = {key: positive[0][1][key] for key in keys if key in positive[0][1]}
-    if not start and KNOWN_FRAMES in negative[0][1]:
+    if not start and not {KNOWN_FRAMES, KNOWN_EDIT}.isdisjoint(negative[0][1]):
         raise ShapeError(
-            f"{row.title}: only the negative prompt has a start image. Connect both prompts of the Image to Video node."
+            f"{row.title}: only the negative prompt has a picture. Connect both outputs of the node that brings it "
+            "(Image to Video, Image Edit)."
         )
     return with_values(negative, start)
 

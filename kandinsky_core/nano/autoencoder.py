@@ -23,15 +23,14 @@ from ..vae.flux import FluxVAE
 from ..vae.hunyuan import CausalConv3d, HunyuanVideoVAE
 from ..variants import VAESpec
 from .batch import Batch, Phase, drawn_batch, whole_clips
-from .codec import clips
+from .codec import VAE, clips, decoded, encoded
 from .draw import scenes
 from .latent_basis import LatentBasis, fit
 from .layers import TRAINING_OPS
-from .optimizer import optimizers
+from .optimizer import autoencoder_optimizers
 from .run import Run, train
 from .score import decibels
 
-VAE = HunyuanVideoVAE | FluxVAE
 Encode = Callable[[Tensor], Tensor]  # pixels [B,3,T,H,W] -> raw latents [B,C,t,h,w]
 Decode = Callable[[Tensor], Tensor]  # and back
 
@@ -95,12 +94,12 @@ def image_basis(run: Run, spec: VAESpec) -> LatentBasis:
     return _basis(run, spec, BASIS_PICTURES, 1, 1)
 
 
-def train_video_vae(run: Run, spec: VAESpec, schedule: Schedule = VIDEO) -> HunyuanVideoVAE:
+def train_video_vae(run: Run, spec: VAESpec, schedule: Schedule) -> HunyuanVideoVAE:
     """Train the video autoencoder."""
     return _train(run, new_vae(run, spec), video_basis(run, spec), schedule, FRAMES)
 
 
-def train_image_vae(run: Run, spec: VAESpec, schedule: Schedule = IMAGE) -> FluxVAE:
+def train_image_vae(run: Run, spec: VAESpec, schedule: Schedule) -> FluxVAE:
     """Train the image autoencoder."""
     return _train(run, new_vae(run, spec), image_basis(run, spec), schedule, 1)
 
@@ -133,20 +132,6 @@ def new_vae(run: Run, spec: VAESpec) -> VAE:
         moments.weight[spec.latent_channels :] = 0
         moments.bias[spec.latent_channels :] = LOG_VARIANCE
     return vae.to(run.device)
-
-
-def encoded(vae: VAE, x_BCTHW: Tensor) -> Tensor:
-    """Encode clips, or pictures as clips of one frame, to the mean of their raw latents `[B,C,t,h,w]`."""
-    if isinstance(vae, FluxVAE):
-        return vae.encode(x_BCTHW.squeeze(2)).mean.unsqueeze(2)
-    return vae.encode(x_BCTHW).mean
-
-
-def decoded(vae: VAE, z_BCTHW: Tensor) -> Tensor:
-    """Decode raw latents `[B,C,t,h,w]` to pixels `[B,3,T,H,W]`."""
-    if isinstance(vae, FluxVAE):
-        return vae.decode(z_BCTHW.squeeze(2)).unsqueeze(2)
-    return vae.decode(z_BCTHW)
 
 
 def reconstruction_loss(out_BCTHW: Tensor, x_BCTHW: Tensor) -> Tensor:
@@ -243,7 +228,7 @@ def _run_phases(
 ) -> None:  # fmt: skip
     for phase in phases:
         train(
-            run, phase.name, module, optimizers(module, phase.lr),
+            run, phase.name, module, autoencoder_optimizers(module, phase.lr),
             lambda step, phase=phase: loss(drawn_batch(run, phase, step), phase.batches[step % len(phase.batches)]),
-            steps=phase.steps, lr=phase.lr, watch=watch,
+            steps=phase.steps, lr=phase.lr, recipe=[asdict(batch) for batch in phase.batches], watch=watch,
         )  # fmt: skip

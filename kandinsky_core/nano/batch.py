@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ class Phase:
 
 def whole_clips(chosen: Iterable[Scene], *, size_px: int, frames: int, at_once: int = 25) -> Iterator[Tensor]:
     """Draw scenes from start to end, as pixels `[B,3,T,H,W]` of at most `at_once` clips."""
-    waiting = [draw(item, size_px=size_px, frames=frames) for item in chosen]
-    return (pixels(torch.stack(waiting[at : at + at_once])) for at in range(0, len(waiting), at_once))
+    waiting = iter(chosen)
+    while part := list(islice(waiting, at_once)):
+        yield pixels(torch.stack([draw(item, size_px=size_px, frames=frames) for item in part]))
 
 
 def drawn_batch(run: Run, phase: Phase, step: int) -> Tensor:

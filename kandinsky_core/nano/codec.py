@@ -19,8 +19,25 @@ from ..variants import VAESpec
 BATCH_PX = 16 * 17 * 64 * 64  # pixels of all frames that go through an autoencoder at once
 
 
+VAE = HunyuanVideoVAE | FluxVAE
+
+
+def encoded(vae: VAE, x_BCTHW: Tensor) -> Tensor:
+    """Encode clips, or pictures as clips of one frame, to the mean of their raw latents `[B,C,t,h,w]`."""
+    if isinstance(vae, FluxVAE):
+        return vae.encode(x_BCTHW.squeeze(2)).mean.unsqueeze(2)
+    return vae.encode(x_BCTHW).mean
+
+
+def decoded(vae: VAE, z_BCTHW: Tensor) -> Tensor:
+    """Decode raw latents `[B,C,t,h,w]` to pixels `[B,3,T,H,W]`."""
+    if isinstance(vae, FluxVAE):
+        return vae.decode(z_BCTHW.squeeze(2)).unsqueeze(2)
+    return vae.decode(z_BCTHW)
+
+
 class Codec(Protocol):
-    """Maps pixels -1…1 `[B,3,T,H,W]` to latents in model units and back, without gradients to speak of."""
+    """Maps pixels -1…1 `[B,3,T,H,W]` to latents in model units and back."""
 
     def encode(self, x_BCTHW: Tensor) -> Tensor:
         """Latents of pixels."""
@@ -35,7 +52,7 @@ class Codec(Protocol):
 class ScaledVAE:
     """A real autoencoder as a codec: the posterior's mean times the scaling factor; a picture is one frame."""
 
-    vae: HunyuanVideoVAE | FluxVAE
+    vae: VAE
 
     @property
     def spec(self) -> VAESpec:
@@ -44,17 +61,11 @@ class ScaledVAE:
 
     def encode(self, x_BCTHW: Tensor) -> Tensor:
         """Latents of pixels."""
-        x_BCTHW = x_BCTHW.to(next(self.vae.parameters()))
-        if self.spec.kind == "flux":
-            return self.vae.encode(x_BCTHW.squeeze(2)).mean.unsqueeze(2) * self.spec.scaling_factor
-        return self.vae.encode(x_BCTHW).mean * self.spec.scaling_factor
+        return encoded(self.vae, x_BCTHW.to(next(self.vae.parameters()))) * self.spec.scaling_factor
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels of latents."""
-        z_BCTHW = z_BCTHW.to(next(self.vae.parameters())) / self.spec.scaling_factor
-        if self.spec.kind == "flux":
-            return self.vae.decode(z_BCTHW.squeeze(2)).unsqueeze(2)
-        return self.vae.decode(z_BCTHW)
+        return decoded(self.vae, z_BCTHW.to(next(self.vae.parameters())) / self.spec.scaling_factor)
 
 
 def pixels(clip_BTHWC: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _sentence(kind: str, item: Scene, rng: random.Random) -> str:
 def latents_of(items: Sequence[Scene], part: Slice, basis: LatentBasis) -> Tensor:
     """Return the scenes' latents `[N,C,T,H,W]` float16."""
     clips = whole_clips(items, size_px=part.size_px, frames=part.frames)
-    return torch.cat([basis.encode(pixels).half() for pixels in clips])
+    return torch.cat([basis.encode(pixels.to(basis.mean_S.device)).half() for pixels in clips])
 
 
 def encode_prompts(

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ DIRECTION = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down"
 SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "cross": 4}  # turns by 360/n look the same
 
 EDGE_PX = 2.4  # width of the soft edge
-# What the names leave open, drawn evenly from these ranges; nothing ever touches the border.
+# What the names leave open, drawn evenly from these ranges; no outline crosses the border.
 OFFSET = 0.03  # largest distance from the middle at the start, along x and along y
 RADIUS = (0.21, 0.23)  # at the start
 TRAVEL = (0.17, 0.19)
@@ -86,11 +87,20 @@ def possible(shape: str, motion: str) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """True for combinations that training never sees: whole pairs and a fixed tenth of the rest."""
-    if any(all(scene.names[key] == value for key, value in pair.items()) for pair in HELD_OUT_PAIRS):
+    """True for combinations that no clip of the training shows: whole pairs and a fixed tenth of the rest."""
+    if _has_pair(scene, HELD_OUT_PAIRS):
         return True
     digest = hashlib.sha256("/".join(scene.names.values()).encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def held_out_picture(scene: Scene) -> bool:
+    """True for combinations that no picture of the training shows, whatever moves: the pairs without a motion."""
+    return _has_pair(scene, [pair for pair in HELD_OUT_PAIRS if "motion" not in pair])
+
+
+def _has_pair(scene: Scene, pairs: Sequence[dict[str, str]]) -> bool:
+    return any(all(scene.names[key] == value for key, value in pair.items()) for pair in pairs)
 
 
 def scene(seed: int, index: int, *, unseen: bool | None = None) -> Scene:
@@ -142,6 +152,14 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float, edge: flo
     """Opacity 0…1 of the shape at points (x, y) relative to its centre; smooth over `edge`."""
     ramp = (0.5 - signed_distance(shape, x / radius, y / radius) * radius / edge).clamp(0, 1)
     return ramp * ramp * (3 - 2 * ramp)
+
+
+@cache
+def unit_area(shape: str) -> float:
+    """Return the area of a shape of radius 1."""
+    axis = torch.linspace(-1.5, 1.5, 301)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return (coverage(shape, x, y, 1.0, edge=0.02).sum() * (axis[1] - axis[0]) ** 2).item()
 
 
 def draw(clip: Scene, *, size_px: int = 64, frames: int = 17, start: float = 0.0, stop: float = 1.0) -> Tensor:

@@ -11,13 +11,11 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from .caption import BACKGROUND_PHRASES, finish
-from .draw import BACKGROUNDS, COLORS, SHAPES, Scene, coverage, held_out, scene
+from .draw import BACKGROUNDS, COLORS, SHAPES, Scene, held_out, scene, unit_area
 from .grade import NOTHING, border_color, grade, object_mask, positions
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -161,11 +159,3 @@ def outline(picture_HWC: Tensor) -> tuple[float, float, float] | None:
         return None
     x_1, y_1, area_1 = positions(cover_1HW)
     return x_1.item(), y_1.item(), area_1.item()
-
-
-@cache
-def unit_area(shape: str) -> float:
-    """Return the area of a shape of radius 1."""
-    axis = torch.linspace(-1.5, 1.5, 301)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return (coverage(shape, x, y, 1.0, edge=0.02).sum() * (axis[1] - axis[0]) ** 2).item()

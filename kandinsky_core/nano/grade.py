@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draw import BACKGROUNDS, COLORS, GROWTH, SHAPES, SYMMETRY, TRAVEL, TURN, Scene, coverage
+from .draw import BACKGROUNDS, COLORS, GROWTH, SHAPES, SYMMETRY, TRAVEL, TURN, Scene, coverage, unit_area
 
 NOTHING = "none"
 ATTRIBUTES = ("color", "shape", "motion", "background")
@@ -107,12 +107,9 @@ def templates() -> dict[str, Tensor]:
     """Return each shape in every rotation, `[angles, cells, cells]`, scaled to the area of a unit disc."""
     axis = torch.linspace(-1, 1, TEMPLATE_CELLS) * TEMPLATE_REACH
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    fine = torch.linspace(-1.5, 1.5, 301)
-    fine_y, fine_x = torch.meshgrid(fine, fine, indexing="ij")
     out = {}
     for shape in SHAPES:
-        area = coverage(shape, fine_x, fine_y, 1.0, edge=0.02).sum() * (fine[1] - fine[0]) ** 2
-        radius = math.sqrt(math.pi / area.item())
+        radius = math.sqrt(math.pi / unit_area(shape))
         turns = max(1, SYMMETRY[shape])
         angles = [2 * math.pi / turns * k / TEMPLATE_ANGLES for k in range(TEMPLATE_ANGLES)]
         out[shape] = torch.stack([

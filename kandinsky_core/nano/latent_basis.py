@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL
 
-# Channel spread falls with rank**0.2 of its variance: whitening fully would make fine detail as loud as the colours.
+# A channel's spread is its variance to the power 0.2: whitening fully would make fine detail as loud as the colours.
 WHITENING = 0.3
 
 

@@ -46,7 +46,10 @@ class Muon(torch.optim.Optimizer):
             if not weights:
                 continue
             gradients = [weight.grad for weight in weights]
-            traces = [self.state[weight].setdefault("trace", torch.zeros_like(weight)) for weight in weights]
+            for weight in weights:
+                if "trace" not in self.state[weight]:
+                    self.state[weight]["trace"] = torch.zeros_like(weight)
+            traces = [self.state[weight]["trace"] for weight in weights]
             torch._foreach_mul_(traces, group["momentum"])
             torch._foreach_add_(traces, gradients)
             updates = torch._foreach_add(gradients, traces, alpha=group["momentum"])
@@ -61,7 +64,7 @@ class Muon(torch.optim.Optimizer):
                     weights[index].sub_(step_RC.view_as(weights[index]), alpha=scale)
 
 
-def optimizers(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def autoencoder_optimizers(module: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels of `module`, AdamW for its gains and biases."""
     weights = [p for p in module.parameters() if p.requires_grad]
     return [

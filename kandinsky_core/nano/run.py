@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import KandinskyError
 
 logger = logging.getLogger("kandinsky5")
 
@@ -20,6 +22,10 @@ FLOOR = 0.02  # of the learning rate at the end
 LOG_EVERY = 25
 SAVE_EVERY = 100
 WATCH_EVERY = 250
+
+
+class ResumeError(KandinskyError):
+    """What lies in the folder was made by another recipe."""
 
 
 @dataclass(slots=True)
@@ -41,6 +47,21 @@ class Run:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, **facts}) + "\n")
         logger.info("%s %s", stage, facts)
+
+    def identity(self, **facts: object) -> dict[str, object]:
+        """Return what a file of this run is made from, as JSON gives it back: it may be continued by the same only."""
+        made_from = {"seed": self.seed, "dtype": str(self.dtype), **facts}
+        return json.loads(json.dumps(made_from))
+
+    def check(self, path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+        """Refuse to continue from a file that was made from something else; raises `ResumeError`."""
+        names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        if names:
+            raise ResumeError(
+                f"{path} was made by another recipe: "
+                + "; ".join(f"{name} was {found.get(name)}, is now {wanted.get(name)}" for name in names)
+                + ". Take another --out, or begin again with --no-resume."
+            )
 
     def generator(self, *key: object) -> torch.Generator:
         """Return random numbers that depend on the seed and the key only, so that a resumed run repeats itself."""
@@ -65,16 +86,22 @@ def train(
     *,
     steps: int,
     lr: float,
+    recipe: object = None,
     ema: nn.Module | None = None,
     ema_decay: float = 0.999,
     watch: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """Minimise `loss_at(step)` over the parameters of `module`, from the stage's checkpoint if there is one."""
+    """Minimise `loss_at(step)` over the parameters of `module`, from the stage's checkpoint if there is one.
+
+    `recipe` is what `loss_at` depends on, for JSON; a checkpoint of another recipe raises `ResumeError`.
+    """
     path = run.folder / f"{stage}.ckpt"
+    identity = run.identity(steps=steps, lr=lr, recipe=recipe)
     first = 0
     spent_s = 0.0
     if run.resume and path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
+        run.check(path, state["identity"], identity)
         module.load_state_dict(state["module"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -99,7 +126,7 @@ def train(
         done = step + 1
         average = loss.item() if step == first else 0.95 * average + 0.05 * loss.item()
         if not math.isfinite(average):
-            raise FloatingPointError(f"Loss of stage {stage} is {loss.item()} at step {done}: lower the learning rate.")
+            raise KandinskyError(f"Loss of stage {stage} is {loss.item()} at step {done}. Lower the learning rate.")
         spent_s = time.perf_counter() - began_s
         if done == 1 or done % LOG_EVERY == 0 or done == steps:
             run.log(stage, step=done, loss=round(average, 5), spent_s=round(spent_s, 1))
@@ -107,6 +134,7 @@ def train(
             state = {
                 "module": module.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "identity": identity,
                 "step": done,
                 "spent_s": spent_s,
             }

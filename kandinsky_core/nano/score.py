@@ -56,11 +56,22 @@ def summary(pairs: Pairs, attributes: Sequence[str] = ATTRIBUTES) -> dict[str, d
     return out | {"all": rate(right(*pair, attributes) for pair in pairs)}
 
 
-def decibels(made_BTHWC: Tensor, true_BTHWC: Tensor) -> dict[str, float]:
-    """Return the mean and the least peak signal-to-noise ratio of clips in 0…1."""
+def decibels(made_BTHWC: Tensor, true_BTHWC: Tensor) -> dict[str, object]:
+    """Return the mean of the peak signal-to-noise ratios of clips in 0…1, its 95 % interval, and the least."""
     error_B = (made_BTHWC - true_BTHWC).square().flatten(1).mean(1)
     psnr_B = -10 * torch.log10(error_B.clamp_min(1e-10))
-    return {"psnr_mean_db": round(psnr_B.mean().item(), 2), "psnr_least_db": round(psnr_B.min().item(), 2)}
+    return {
+        "psnr_mean_db": round(psnr_B.mean().item(), 2), "psnr_interval_db": interval(psnr_B),
+        "psnr_least_db": round(psnr_B.min().item(), 2),
+    }  # fmt: skip
+
+
+def interval(values_B: Tensor) -> list[float] | None:
+    """Return the 95 % interval of the mean (normal approximation); None of fewer than two values."""
+    if len(values_B) < 2:
+        return None
+    mean, half = values_B.mean().item(), 1.96 * values_B.std().item() / math.sqrt(len(values_B))
+    return [round(mean - half, 3), round(mean + half, 3)]
 
 
 def flicker(clip_THWC: Tensor) -> tuple[float, float]:
@@ -81,12 +92,13 @@ def flicker(clip_THWC: Tensor) -> tuple[float, float]:
     return background.item() * 255, object_T[object_T.isfinite()].mean().item() * 255
 
 
-def flickering(clip_BTHWC: Tensor) -> dict[str, float | int | None]:
-    """Return the mean and the worst flicker of clips, and how many had no object to look at."""
+def flickering(clip_BTHWC: Tensor) -> dict[str, object]:
+    """Return the mean flicker of clips, its 95 % interval and the worst, and how many had no object to look at."""
     found_BK = torch.tensor([flicker(clip) for clip in clip_BTHWC]).reshape(-1, 2)
-    out: dict[str, float | int | None] = {}
+    out: dict[str, object] = {}
     for name, values_B in zip(("background", "object"), found_BK.T, strict=True):
         values_B = values_B[values_B.isfinite()]
         out[name] = round(values_B.mean().item(), 3) if len(values_B) else None
+        out[f"{name}_interval"] = interval(values_B)
         out[f"{name}_worst"] = round(values_B.max().item(), 3) if len(values_B) else None
     return out | {"without_object": int((~found_BK[:, 1].isfinite()).sum())}

@@ -50,6 +50,8 @@ def contact_sheet(sections: Mapping[str, Sequence[Entry]], path: Path) -> None:
     from PIL import Image
 
     blocks = [_block(title, entries) for title, entries in sections.items() if entries]
+    if not blocks:
+        raise ValueError("There is nothing to show on a contact sheet: every section is empty.")
     sheet = Image.new("RGB", (max(block.width for block in blocks), sum(block.height for block in blocks)), "white")
     top = 0
     for block in blocks:

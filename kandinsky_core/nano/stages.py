@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from .controls import controls
 from .corpus import make_bucket
 from .evaluate import evaluate, measure_vae
 from .family import MEMBERS, load_family
-from .gate import gate
-from .plot import plot
+from .gate import CONTROLS, LEAST_READING, LIMITS, gate
+from .latent_basis import LatentBasis
 from .recipe import Course, Recipe
 from .run import Run
 from .text import train_text
@@ -40,6 +41,10 @@ Files = dict[str, Path]
 
 class GateError(KandinskyError):
     """A stage has not reached what the next ones or the users need."""
+
+
+class MissingError(KandinskyError):
+    """A stage lacks what an earlier one makes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +74,8 @@ def image_vae_stage(run: Run, recipe: Recipe, out: Files) -> None:
 
 def text_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Train tokenizers and text encoders."""
-    train_text(run, (out["text_encoder"], out["clip"]), steps=recipe.text_steps)
+    right = train_text(run, (out["text_encoder"], out["clip"]), steps=recipe.text_steps)
+    write_json(run.folder / "text.json", right)
 
 
 def text_encoder(run: Run, out: Files) -> TextEncoder:
@@ -84,20 +90,35 @@ def data_file(run: Run, name: str) -> Path:
 
 def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Draw the transformers' data and encode it with the closed-form bases, which need no trained autoencoder."""
-    encoder = text_encoder(run, out)
-    bases = {"video": video_basis(run, VIDEO.vae), "image": image_basis(run, IMAGE.vae)}
     for at, (name, course) in enumerate(courses(recipe).items()):
         path = data_file(run, name)
+        identity = data_identity(run, course, out)
         if run.resume and path.exists():
+            run.check(path, torch.load(path, mmap=True, weights_only=True)["identity"], identity)
             continue
-        basis = bases.get(name, bases["image"])
+        encoder = text_encoder(run, out)
+        basis = member_basis(run, name)
         made = [
             make_bucket(run, basis, encoder, part, 1000 * run.seed + 100 * at + index)
             for index, part in enumerate(course.slices)
         ]
-        torch.save([asdict(bucket) for bucket in made], path.with_suffix(".part"))
+        torch.save({"identity": identity, "buckets": [asdict(bucket) for bucket in made]}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
         run.log("latents", made=name, size_bytes=path.stat().st_size)
+
+
+def data_identity(run: Run, course: Course, out: Files) -> dict[str, object]:
+    """Return what the training data of a course is made from: its slices and the text encoders' weights."""
+    hashed = hashlib.sha256()
+    for kind in ("text_encoder", "clip"):
+        hashed.update((out[kind] / "model.safetensors").read_bytes())
+    return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=hashed.hexdigest())
+
+
+def member_basis(run: Run, member: str) -> LatentBasis:
+    """Fit the basis that a member's latents are in."""
+    row = variant(f"nano_{member}")
+    return (video_basis if row.vae.kind == "hunyuan" else image_basis)(run, row.vae).to(run.device)
 
 
 def courses(recipe: Recipe) -> dict[str, Course]:
@@ -105,16 +126,20 @@ def courses(recipe: Recipe) -> dict[str, Course]:
     return {"video": recipe.video, "image": recipe.image, "edit": recipe.edit}
 
 
-def read_data(run: Run, name: str) -> list[Bucket]:
-    """Read what the latents stage wrote."""
-    found = torch.load(data_file(run, name), map_location=run.device, weights_only=True)
-    return [Bucket(**{**fields, "prompts": Prompts(**fields["prompts"])}) for fields in found]
+def read_data(run: Run, course: Course, name: str, out: Files) -> list[Bucket]:
+    """Read what the latents stage wrote; raises `MissingError` without it and `ResumeError` for another recipe's."""
+    path = data_file(run, name)
+    if not path.exists():
+        raise MissingError(f"{path} is missing. Run --stage latents with this --out first.")
+    found = torch.load(path, map_location=run.device, weights_only=True)
+    run.check(path, found["identity"], data_identity(run, course, out))
+    return [Bucket(**{**fields, "prompts": Prompts(**fields["prompts"])}) for fields in found["buckets"]]
 
 
-def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, member: str, path: Path) -> None:
+def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, out: Files, member: str, path: Path) -> None:
     """Train one transformer and save it in float16, as it ships."""
     course = courses(recipe)[member]
-    data = read_data(run, member)
+    data = read_data(run, course, member, out)
     lessons = []
     for share in course.shares:
         part = course.slices[share.slice]
@@ -124,24 +149,27 @@ def train_member(run: Run, stage: str, row: Variant, recipe: Recipe, member: str
                 known_frames=int(part.kind == "continuation"), stray=STRAY if part.kind == "clip" else 0.0,
             )
         )  # fmt: skip
-    model = train_transformer(run, stage, row, lessons, steps=course.steps, lr=course.lr, shift=course.shift)
+    model = train_transformer(
+        run, stage, row, lessons, steps=course.steps, lr=course.lr, shift=course.shift,
+        recipe={"course": asdict(course), "stray": STRAY, "data": data_identity(run, course, out)},
+    )  # fmt: skip
     halves = {name: value.detach().cpu().half() for name, value in model.state_dict().items()}
     save_checkpoint(path, halves, {**spec_metadata(row), **facts(run, **asdict(course))})
 
 
 def dit_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Train the video transformer."""
-    train_member(run, "dit", VIDEO, recipe, "video", out["model"])
+    train_member(run, "dit", VIDEO, recipe, out, "video", out["model"])
 
 
 def image_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Train the text-to-image transformer."""
-    train_member(run, "image", IMAGE, recipe, "image", out["image_model"])
+    train_member(run, "image", IMAGE, recipe, out, "image", out["image_model"])
 
 
 def edit_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Train the editing transformer."""
-    train_member(run, "edit", EDIT, recipe, "edit", out["edit_model"])
+    train_member(run, "edit", EDIT, recipe, out, "edit", out["edit_model"])
 
 
 def measured_vae(run: Run, recipe: Recipe, out: Files, *, member: str) -> list[str]:
@@ -157,15 +185,14 @@ def measured_vae(run: Run, recipe: Recipe, out: Files, *, member: str) -> list[s
 
 def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> list[str]:
     """Hold a transformer against its limits; the basis stands in for an autoencoder that may still be training."""
-    basis = video_basis(run, VIDEO.vae) if member == "video" else image_basis(run, IMAGE.vae)
-    family = load_family(out, run.device, member, codec=basis.to(run.device))
+    family = load_family(out, run.device, member, codec=member_basis(run, member))
     row = family.variant
+    tasks = sorted({path.split("/")[1] for path in LIMITS if path.startswith(f"{member}/")} - {"vae"})
     found = evaluate(
-        family, recipe.grade_count, seen_count=0, frames=row.frames[0], size_px=row.sizes[0][0],
+        family, recipe.grade_count, seen_count=0, frames=row.frames[0], size_px=row.sizes[0][0], tasks=tasks,
         note=lambda what: run.log(member, now=what),
     )  # fmt: skip
     run.log(member, measured=found)
-    tasks = [task for task in row.tasks if (member, task) != ("edit", "t2i")]  # which has no limit
     return [failure for task in tasks for failure in gate({member: found}, f"{member}/{task}")]
 
 
@@ -197,7 +224,6 @@ def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
             for side, length in other_sizes(row)
         ]  # fmt: skip
     write_json(run.folder / "grade.json", report)
-    plot(run.folder / "log.jsonl", run.folder / "log.png")
 
 
 def other_sizes(row: Variant) -> list[tuple[int, int]]:
@@ -206,9 +232,9 @@ def other_sizes(row: Variant) -> list[tuple[int, int]]:
     return [*((side, row.frames[0]) for side in sides), *((row.sizes[0][0], length) for length in row.frames[1:])]
 
 
-def write_json(path: Path, report: dict[str, dict[str, object]]) -> None:
+def write_json(path: Path, report: Mapping[str, object]) -> None:
     """Write a report for people and programs."""
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def controls_stage(run: Run, recipe: Recipe, out: Files) -> None:
@@ -223,20 +249,30 @@ def controls_stage(run: Run, recipe: Recipe, out: Files) -> None:
     write_json(run.folder / "controls.json", report)
 
 
-def graded(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
-    """Hold the finished report against all limits."""
-    return gate(json.loads((run.folder / "grade.json").read_text(encoding="utf-8")))
+def graded(run: Run, recipe: Recipe, out: Files, *, name: str, limits: Mapping[str, float]) -> list[str]:  # noqa: ARG001
+    """Hold a finished report against its limits."""
+    return gate(json.loads((run.folder / f"{name}.json").read_text(encoding="utf-8")), limits=limits)
 
 
+def understood(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
+    """Hold what the text encoders read in held-out prompts against its limit."""
+    right = json.loads((run.folder / "text.json").read_text(encoding="utf-8"))
+    return [
+        f"{name} is read right in {share} of the prompts; at least {LEAST_READING} is needed"
+        for name, share in right.items() if not share >= LEAST_READING
+    ]  # fmt: skip
+
+
+ALL_TRAINED = ("vae", "image_vae", "dit", "image", "edit")
 # In the order of their start: the longest chain first, the rest beside it.
 STAGES = {
-    "text": Stage(work=text_stage),
+    "text": Stage(work=text_stage, gate=understood),
     "latents": Stage(work=latents_stage, needs=("text",)),
     "dit": Stage(work=dit_stage, needs=("latents",), gate=partial(measured_member, member="video")),
     "vae": Stage(work=vae_stage, gate=partial(measured_vae, member="video")),
     "image_vae": Stage(work=image_vae_stage, gate=partial(measured_vae, member="image")),
     "image": Stage(work=image_stage, needs=("latents",), gate=partial(measured_member, member="image")),
     "edit": Stage(work=edit_stage, needs=("latents",), gate=partial(measured_member, member="edit")),
-    "grade": Stage(work=grade_stage, needs=("vae", "image_vae", "dit", "image", "edit"), gate=graded),
-    "controls": Stage(work=controls_stage, needs=("vae", "image_vae", "dit", "image", "edit")),
+    "grade": Stage(work=grade_stage, needs=ALL_TRAINED, gate=partial(graded, name="grade", limits=LIMITS)),
+    "controls": Stage(work=controls_stage, needs=ALL_TRAINED, gate=partial(graded, name="controls", limits=CONTROLS)),
 }

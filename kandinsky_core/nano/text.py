@@ -20,6 +20,7 @@ from ..text.templates import TEMPLATES, get_template
 from ..text.tokens import CLIP_TOKENS, CLIPTokenizer, QwenTokenizer, load_clip_tokenizer, load_qwen_tokenizer
 from ..text.vision import image_states, positions
 from .caption import caption, continuation, language
+from .codec import pixels
 from .draw import BACKGROUNDS, COLORS, MOTIONS, SHAPES, draw, scene
 from .edit import KINDS, Edit, edit, instruction, instructions_language
 from .run import Run, train
@@ -202,7 +203,8 @@ def examples(
     if kind == "edit":
         wanted = [edit(rng.randrange(2**31), 0, unseen=unseen) for _ in range(count)]
         side_px = rng.choice(PICTURE_PX)
-        images = [draw(item.before, size_px=side_px, frames=1)[0].movedim(-1, 0) * 2 - 1 for item in wanted]
+        drawn = torch.stack([draw(item.before, size_px=side_px, frames=1) for item in wanted])
+        images = list(pixels(drawn)[:, :, 0])
         return [instruction(item, rng) for item in wanted], images, [edit_labels(item) for item in wanted]
     scenes = [scene(rng.randrange(2**31), 0, unseen=unseen) for _ in range(count)]
     if kind == "continuation":
@@ -249,12 +251,15 @@ def train_text(
     run: Run,
     folders: tuple[Path, Path],
     *,
-    steps: int = 1100,
+    steps: int,
     batch: int = 32,
     lr: float = 2e-3,
     checked: int = 500,
-) -> TextEncoder:
-    """Make the tokenizers and all towers, train them, and save them in their folders (Qwen, CLIP)."""
+) -> dict[str, float]:
+    """Make the tokenizers and all towers, train them, and save them in their folders (Qwen, CLIP).
+
+    Returns the `reading_shares` of `checked` prompts of each kind.
+    """
     vocabularies = (
         save_tokenizer(folders[0], QWEN_SPECIAL, lower=False),
         save_tokenizer(folders[1], CLIP_SPECIAL, lower=True),
@@ -268,8 +273,9 @@ def train_text(
         return reading_loss(reader, random.Random(f"{run.seed}/text/{step}"), batch)
 
     optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.2)
-    train(run, "text", reader, [optimizer], loss_at, steps=steps, lr=lr)
-    run.log("text", right=reading_shares(reader, checked))
+    recipe = {"batch": batch, "shares": SHARES, "smoothing": SMOOTHING}
+    train(run, "text", reader, [optimizer], loss_at, steps=steps, lr=lr, recipe=recipe)
+    right = reading_shares(reader, checked)
     qwen.half().save_pretrained(folders[0])
     clip.half().save_pretrained(folders[1])
-    return reader.encoder
+    return right

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..errors import KandinskyError
 from . import files
+from .plot import plot
 from .recipe import RECIPE, Recipe, shortened
 from .run import Run
 from .stages import STAGES, GateError
@@ -28,8 +30,12 @@ logger = logging.getLogger("kandinsky5")
 def run_stages(run: Run, recipe: Recipe, out: dict[str, Path], names: Sequence[str], *, gated: bool = True) -> None:
     """Run stages one after the other in this process."""
     for name in names:
-        run.log(name, now="begins")
+        run.log(
+            name, now="begins", torch=torch.__version__, device=run.device.type, dtype=str(run.dtype),
+            threads=torch.get_num_threads(), compile=run.compile,
+        )  # fmt: skip
         STAGES[name].work(run, recipe, out)
+        plot(run.folder / "log.jsonl", run.folder / "log.png")
         failures = STAGES[name].gate(run, recipe, out) if gated else []
         if failures:
             raise GateError(f"Stage {name} is not good enough to go on: {'; '.join(failures)}.")
@@ -59,8 +65,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of activations")
     made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--threads", type=int, default=1, help="CPU threads of a stage; 1 gives the same weights always")
-    made.add_argument("--lanes", type=int, default=2, help="stages that run side by side, each in its own process")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of a stage; 1 repeats itself exactly")
+    made.add_argument(
+        "--lanes", type=int, choices=range(1, 9), default=2, metavar="N", help="stages side by side, each a process"
+    )
     made.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     made.add_argument("--no-resume", action="store_true", help="ignore checkpoints in OUT")
     made.add_argument("--no-gate", action="store_true", help="go on although a stage is not good enough")
@@ -68,11 +76,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the chosen stages."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the chosen stages; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser().parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        _run_chosen(chosen, given)
+    except KandinskyError as error:
+        logger.error("%s", error)
+        return 1
+    except subprocess.CalledProcessError as error:
+        logger.error("Stage %s stopped; its own message says why. Finished stages stay finished.", error.cmd[-1])
+        return 1
+    return 0
+
+
+def _run_chosen(chosen: argparse.Namespace, given: Sequence[str]) -> None:
     if chosen.stage == "all":
         command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, *given, "--stage"]
         run_lanes(chosen.lanes, tuple(STAGES), lambda name: subprocess.run([*command, name], check=True))
@@ -90,4 +110,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,7 +34,7 @@ class Lesson:
     stray: float = 0.0  # share of clips whose first frame is another clip's, clean but not marked: not to be followed
 
 
-def optimizers(model: CrossDiT, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def transformer_optimizers(model: CrossDiT, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, output, norms and modulation."""
     inner = [
         weight for name, weight in model.named_parameters()
@@ -61,9 +61,10 @@ def put_strays(clean_BCTHW: Tensor, noise_BCTHW: Tensor, chosen_B: Tensor) -> No
 
 
 def train_transformer(
-    run: Run, stage: str, row: Variant, lessons: Sequence[Lesson], *, steps: int, lr: float, shift: float
-) -> CrossDiT:
-    """Train from nothing and return the averaged (EMA) weights."""
+    run: Run, stage: str, row: Variant, lessons: Sequence[Lesson], *, steps: int, lr: float, shift: float,
+    recipe: object = None,
+) -> CrossDiT:  # fmt: skip
+    """Train from nothing and return the averaged (EMA) weights; `recipe` says where the lessons come from, for JSON."""
     torch.manual_seed(run.seed)
     model = CrossDiT(row.spec).to(run.device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -93,5 +94,6 @@ def train_transformer(
                 rope_scale=row.rope_at(*clean.shape[3:]),
             )  # fmt: skip
 
-    train(run, stage, model, optimizers(model, lr, run.dtype), loss_at, steps=steps, lr=lr, ema=average)
+    optimizers = transformer_optimizers(model, lr, run.dtype)
+    train(run, stage, model, optimizers, loss_at, steps=steps, lr=lr, recipe=recipe, ema=average)
     return average

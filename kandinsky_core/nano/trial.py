@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .caption import caption, continuation
-from .draw import Scene, draw, scenes
-from .edit import Edit, EditGrade, edits, instruction, judge
+from .draw import Scene, draw, held_out_picture, scene
+from .edit import Edit, EditGrade, edit, instruction, judge
 from .family import Family
 from .generate import generate
 from .grade import ATTRIBUTES, Grade
 from .score import STILL_ATTRIBUTES, graded, rate, right, summary
 
-UNSEEN_SEED = 1_000_003  # stream of evaluation scenes; training streams use small seeds
+UNSEEN_SEED = -1  # stream of evaluation scenes; those of the training are not negative
 NOISE_SEED = {"t2v": 0, "i2v": 50_000, "continuation": 70_000, "t2i": 90_000, "i2i": 130_000}
 FROM_PICTURE = ("i2v", "continuation")  # clips with a given first frame: fully described, or only its motion
 # What is graded of a task without a judge.
@@ -46,7 +47,7 @@ def trial(
     family: Family, task: str, count: int, *, unseen: bool = True, frames: int = 17, size_px: int = 64,
     order: Sequence[int] | None = None, **settings: object,
 ) -> Trial:  # fmt: skip
-    """Try a task on `count` scenes of held-out combinations, or of those that training draws.
+    """Try a task on `count` scenes of combinations held out of the training (`unseen`), or of those that it draws.
 
     A "continuation" is "i2v" with prompts that say what happens and name nothing of what the picture shows: identity
     comes from the picture alone.
@@ -58,13 +59,13 @@ def trial(
     rng = random.Random(f"evaluation/{task}/{unseen}")
     common = {"frames": frames, "size_px": size_px, "seed": NOISE_SEED[task], **settings}
     if task == "i2i":
-        asked = list(edits(UNSEEN_SEED, count, unseen=unseen))
+        asked = asked_for(task, count, unseen=unseen)
         prompts = _ordered([instruction(item, rng) for item in asked], order)
         given, real = (_drawn([getattr(item, side) for item in asked], 1, size_px) for side in ("before", "after"))
         made = generate(family, prompts, edit_BHWC=given[:, 0], **common)
         judged = [judge(*pair, item) for *pair, item in zip(given[:, 0], made[:, 0], asked, strict=True)]
         return Trial(task, asked, prompts, real, given[:, 0], made, judged)
-    asked = list(scenes(UNSEEN_SEED, count, unseen=unseen))
+    asked = asked_for(task, count, unseen=unseen)
     words = [
         continuation(item, rng) if task == "continuation" else caption(item, rng, moving=moving) for item in asked
     ]
@@ -73,6 +74,15 @@ def trial(
     first = real[:, 0] if task in FROM_PICTURE else None
     made = generate(family, prompts, images_BHWC=first, **common)
     return Trial(task, asked, prompts, real, first, made, [result for _, result in graded(made, asked)])
+
+
+def asked_for(task: str, count: int, *, unseen: bool) -> list[Scene] | list[Edit]:
+    """Draw what a trial of a task asks for; a picture shows no motion, so only the other pairs are held out of it."""
+    draw_one = edit if task == "i2i" else scene
+    drawn = (draw_one(UNSEEN_SEED, index, unseen=unseen) for index in itertools.count())
+    if unseen and task in ("t2i", "i2i"):
+        drawn = (item for item in drawn if held_out_picture(item.after if task == "i2i" else item))
+    return list(itertools.islice(drawn, count))
 
 
 def shares(found: Trial) -> Shares:

@@ -34,7 +34,7 @@ class Bucket:
 
     latents_NCTHW: Tensor  # float16, model units
     rows_NK: Tensor
-    prompts: Prompts  # shared by the buckets of a kind
+    prompts: Prompts
     edit_NCTHW: Tensor | None = None
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, TextCondition, Tensor | None]:

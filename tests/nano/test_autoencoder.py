@@ -8,9 +8,9 @@ import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.io.load import load_vae
 from comfyui_kandinsky5.kandinsky_core.nano import autoencoder
-from comfyui_kandinsky5.kandinsky_core.nano.autoencoder import Schedule, decoded, encoded, new_vae
+from comfyui_kandinsky5.kandinsky_core.nano.autoencoder import Schedule, new_vae
 from comfyui_kandinsky5.kandinsky_core.nano.batch import Batch, Phase, drawn_batch, whole_clips
-from comfyui_kandinsky5.kandinsky_core.nano.codec import clips
+from comfyui_kandinsky5.kandinsky_core.nano.codec import clips, decoded, encoded
 from comfyui_kandinsky5.kandinsky_core.nano.draw import held_out, scenes
 from comfyui_kandinsky5.kandinsky_core.nano.layers import FastGroupNorm
 from comfyui_kandinsky5.kandinsky_core.nano.run import Run

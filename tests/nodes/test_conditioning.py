@@ -38,7 +38,7 @@ def test_stretch_keeps_everything():
 def test_alpha_is_dropped_and_emptiness_refused():
     assert fit_image(torch.rand(1, 32, 32, 4), 16, 16, CROP).shape == (1, 16, 16, 3)
     for wrong in (torch.rand(32, 32, 3), torch.rand(0, 32, 32, 3), torch.rand(1, 32, 32, 1)):
-        with pytest.raises(ShapeError, match="start image"):
+        with pytest.raises(ShapeError, match="An image is"):
             fit_image(wrong, 16, 16, CROP)
 
 

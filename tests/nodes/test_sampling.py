@@ -106,13 +106,18 @@ def test_both_passes_see_the_start_image(sample):
 
 
 def test_a_start_image_on_the_negative_alone_is_refused(sample):
-    with pytest.raises(ShapeError, match="only the negative prompt has a start image"):
+    with pytest.raises(ShapeError, match="only the negative prompt has a picture"):
         sample("lite_i2v_5s", clip(), negative=start_image()[1])
 
 
 def picture_to_edit(rows=4):
     known = torch.linspace(-1, 1, 16 * rows * 6).reshape(1, 16, rows, 6)
     return known, [[TEXT[0][0], {**TEXT[0][1], KNOWN_EDIT: known}]]
+
+
+def test_a_picture_to_edit_on_the_negative_alone_is_refused(sample):
+    with pytest.raises(ShapeError, match="only the negative prompt has a picture"):
+        sample("lite_i2i", torch.zeros(1, 16, 4, 6), negative=picture_to_edit()[1])
 
 
 def test_both_passes_see_the_picture_to_edit(sample):
