@@ -82,8 +82,8 @@ def permutation(count: int) -> list[int]:
 def chance(asked: Sequence[Scene] | Sequence[Edit], task: str) -> dict[str, float]:
     """Return the share of right answers of a perfect model whose prompts are shuffled, expected over all orders.
 
-    Exact for these prompts: two of them, drawn with replacement, agree. Of a task with a picture only what the prompt
-    alone decides: motion (continuation), the change (i2i).
+    That is how often two of these prompts, drawn with replacement, agree. Of a task with a picture only what the prompt
+    alone decides: motion (continuation; a circle told to rotate also looks as if told to rest), the change (i2i).
     """
     count = len(asked)
 
