@@ -79,23 +79,13 @@ def test_both_hosts_agree(saved, headless, graph):
     assert_close(theirs["image"], ours["image"], **TOLERANCE)
 
 
-def test_both_hosts_agree_on_a_start_image(server, saved, headless, tmp_path):
+@pytest.mark.parametrize("task", [image_to_video, edit])
+def test_both_hosts_agree_on_a_given_picture(server, saved, headless, task):
     picture = (torch.arange(96 * 64 * 3) * 7919 % 256).byte().reshape(64, 96, 3)
-    path = server.base / "input" / "start.png"
+    path = server.base / "input" / "given.png"
     Image.fromarray(picture.numpy()).save(path)
-    graph = image_to_video(["picture", 0]) | SAVE
-    theirs = saved(graph | {"picture": node("LoadImage", image="start.png")})
-    ours = headless(graph | {"picture": node("LoadImage", image=str(path))})
-    assert_close(theirs["latent"], ours["latent"], **TOLERANCE)
-    assert_close(theirs["image"], ours["image"], **TOLERANCE)
-
-
-def test_both_hosts_agree_on_an_edited_picture(server, saved, headless):
-    picture = (torch.arange(96 * 64 * 3) * 7919 % 256).byte().reshape(64, 96, 3)
-    path = server.base / "input" / "edit.png"
-    Image.fromarray(picture.numpy()).save(path)
-    graph = edit(["picture", 0]) | SAVE
-    theirs = saved(graph | {"picture": node("LoadImage", image="edit.png")})
+    graph = task(["picture", 0]) | SAVE
+    theirs = saved(graph | {"picture": node("LoadImage", image="given.png")})
     ours = headless(graph | {"picture": node("LoadImage", image=str(path))})
     assert_close(theirs["latent"], ours["latent"], **TOLERANCE)
     assert_close(theirs["image"], ours["image"], **TOLERANCE)
