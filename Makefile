@@ -1,4 +1,4 @@
-# make demo   generate two clips with the built-in nano model, nothing to download but Python packages
+# make demo   generate two clips and two pictures with the built-in models; downloads Python packages only
 # make test   lint, unit, parity and headless tests; with a ComfyUI checkout also the tests inside it
 #
 # Both make their own environment in .venv on first use. Settings, as in `make demo TORCH=torch`:

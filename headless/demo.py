@@ -1,4 +1,4 @@
-"""`make demo`: run both nano workflows, say where the clips lie and what they show by measurement."""
+"""`make demo`: run the nano workflows, say where clips and pictures lie and what they show by measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..kandinsky_core.io.media import read_video, write_png
+from ..kandinsky_core.io.media import read_image, read_video, write_png
 from ..kandinsky_core.nano.grade import NOTHING, grade
 from ..nodes.host import install
 from ..nodes.host_standalone import StandaloneHost
@@ -17,7 +17,7 @@ from .progress import ProgressLine
 from .run import run
 from .workflow import parse, read_document
 
-WORKFLOWS = ("t2v_nano", "i2v_nano")
+WORKFLOWS = ("t2v_nano", "i2v_nano", "t2i_nano", "edit_nano")
 SHEET_FRAMES = 6
 SHEET_SCALE = 2
 
@@ -35,13 +35,21 @@ def main() -> int:
         result = run(parse(document, types), types, host, workflow=document, on_call=line.start)
         line.clear()
         seconds = time.perf_counter() - started
-        clip = next(Path(file["path"]) for file in result.files if file["kind"] == "video")
+        saved = result.files[-1]
+        describe = describe_clip if saved["kind"] == "video" else describe_picture
         prompts = [facts["prompts"][0] for facts in result.facts.values() if "prompts" in facts]
-        sys.stdout.write(f"{name}: {seconds:.1f} s\n  prompt: {prompts[-1]}\n{describe(clip)}")
+        sys.stdout.write(f"{name}: {seconds:.1f} s\n  prompt: {prompts[-1]}\n{describe(Path(saved['path']))}")
     return 0
 
 
-def describe(path: Path) -> str:
+def describe_picture(path: Path) -> str:
+    """Say where a picture lies and what the grader sees in it."""
+    seen = grade(read_image(path).pixels_1HW3)
+    what = "no clear shape" if seen.shape == NOTHING else f"a {seen.color} {seen.shape}"
+    return f"  picture: {path}\n  shows:   {what} on {seen.background} (measured)\n"
+
+
+def describe_clip(path: Path) -> str:
     """Say where a clip lies and what the grader sees in it, and put its frames side by side in a picture."""
     frames_THW3 = read_video(path).frames_THW3
     seen = grade(frames_THW3)
