@@ -30,6 +30,7 @@ from .recipe import Course, Recipe
 from .run import Run
 from .text import train_text
 from .transformer import Lesson, train_transformer
+from .trial import shares, trial
 
 RECIPE_KEY = "kandinsky5.recipe"  # safetensors metadata: JSON of what the weights were trained with
 VIDEO, IMAGE, EDIT = variant("nano_video"), variant("nano_image"), variant("nano_edit")
@@ -187,7 +188,8 @@ def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> lis
     """Hold a transformer against its limits; the basis stands in for an autoencoder that may still be training."""
     family = load_family(out, run.device, member, codec=member_basis(run, member))
     row = family.variant
-    tasks = sorted({path.split("/")[1] for path in LIMITS if path.startswith(f"{member}/")} - {"vae"})
+    limited = {tuple(path.split("/")[:2]) for path in LIMITS}
+    tasks = [task for task in (*row.tasks, "continuation") if (member, task) in limited]
     found = evaluate(
         family, recipe.grade_count, seen_count=0, frames=row.frames[0], size_px=row.sizes[0][0], tasks=tasks,
         note=lambda what: run.log(member, now=what),
@@ -199,7 +201,7 @@ def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> lis
 def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
     """Measure everything with the trained autoencoders; writes grade.json and a contact sheet a member.
 
-    The limits are for the variant's first size and length; the others are in the report too, measured on fewer clips.
+    The first size and length of the variant are measured in full, the others on fewer clips and in shares only.
     """
     report: dict[str, dict[str, object]] = {}
     for member, kind in (("video", "vae"), ("image", "image_vae"), ("edit", None)):
@@ -215,14 +217,18 @@ def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
             report[member]["vae"] = measure_vae(
                 family.vae, recipe.grade_count, size_px=size_px, frames=frames, device=run.device
             )
-        report[member]["other_sizes"] = [
-            evaluate(
-                family, recipe.grade_count // 4, seen_count=0, frames=length, size_px=side,
-                tasks=("i2i",) if member == "edit" else None,
-                note=lambda what, member=member: run.log("grade", now=f"{member}: {what}"),
-            )
-            for side, length in other_sizes(row)
-        ]  # fmt: skip
+        report[member]["other_sizes"] = {}
+        for side, length in other_sizes(row):
+            run.log("grade", now=f"{member}: {side} px, {length} frames")
+            size = {"frames": length, "size_px": side}
+            count = max(1, min(recipe.grade_count // 2, recipe.grade_count * 64**2 // side**2))
+            found = {
+                task: shares(trial(family, task, count, **size))
+                for task in row.tasks if task != "t2i" or row.tasks == ("t2i",)
+            }  # fmt: skip
+            if kind:
+                found["vae"] = measure_vae(family.vae, count, **size, device=run.device)
+            report[member]["other_sizes"][f"{side}px_{length}f"] = found
     write_json(run.folder / "grade.json", report)
 
 
