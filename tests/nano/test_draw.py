@@ -106,6 +106,14 @@ def test_held_out_combinations_never_reach_training():
     assert 0.1 < share < 0.3
 
 
+def test_a_held_out_picture_is_one_whatever_moves():
+    for item in draw.scenes(2, 400):
+        motions = [replace(item, motion=motion) for motion in draw.MOTIONS]
+        assert {draw.held_out_picture(other) for other in motions} == {draw.held_out_picture(item)}
+        assert not draw.held_out_picture(item) or all(map(draw.held_out, motions))
+    assert 0.05 < sum(map(draw.held_out_picture, draw.scenes(2, 400))) / 400 < 0.2
+
+
 @pytest.mark.parametrize("motion", draw.MOTIONS)
 def test_captions_name_what_is_there(motion):
     rng = random.Random(0)

@@ -44,6 +44,12 @@ def pictures(side_px, count):
     return [picture.movedim(-1, 0) * 2 - 1 for picture in drawn]
 
 
+@pytest.mark.parametrize(("at", "special", "lower"), [(0, text.QWEN_SPECIAL, False), (1, text.CLIP_SPECIAL, True)])
+def test_a_tokenizer_is_the_same_every_time(folders, tmp_path, at, special, lower):
+    assert text.save_tokenizer(tmp_path, special, lower=lower) <= text.VOCABULARY
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folders[at] / "tokenizer.json").read_bytes()
+
+
 def test_every_word_is_one_token(encoder):
     lines = {*language(), *instructions_language()}
     assert len(lines) > 3000
