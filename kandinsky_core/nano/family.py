@@ -15,6 +15,7 @@ from ..variants import Variant
 from .codec import Codec, ScaledVAE
 
 MEMBERS = {"video": ("model", "vae"), "image": ("image_model", "image_vae"), "edit": ("edit_model", "image_vae")}
+TEXT = ("text_encoder", "clip")  # what every member has
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def load_family(
     """
     model, vae = MEMBERS[member]
     loaded = load_crossdit(files[model], dtype=torch.float32, device=device)
-    text = load_text_encoder(files["text_encoder"], files["clip"], dtype=torch.float32, device=device)
+    text = load_text_encoder(*(files[kind] for kind in TEXT), dtype=torch.float32, device=device)
     if codec is None:
         codec = ScaledVAE(load_vae(files[vae], dtype=torch.float32, device=device).vae.eval())
     return Family(loaded.model.eval(), codec, text.eval(), loaded.variant)

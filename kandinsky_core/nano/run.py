@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import KandinskyError
 
 logger = logging.getLogger("kandinsky5")
+
+Files = dict[str, Path]  # of the family's weights, as `nano.files()` names them
 
 WARMUP = 20  # steps
 FLOOR = 0.02  # of the learning rate at the end
@@ -142,3 +145,21 @@ def train(
             path.with_suffix(".part").replace(path)
         if watch is not None and (done % WATCH_EVERY == 0 or done == steps):
             run.log(stage, step=done, **watch())
+
+
+def write_json(path: Path, report: Mapping[str, object]) -> None:
+    """Write a report for people and programs."""
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a report."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def hashed(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of weights: files, or folders with a model.safetensors."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update((path / "model.safetensors" if path.is_dir() else path).read_bytes())
+    return found.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,24 +19,21 @@ from ..train.data import Bucket, Prompts
 from ..variants import Variant, variant
 from .autoencoder import image_basis, recipe_facts, save_vae, train_image_vae, train_video_vae, video_basis
 from .codec import ScaledVAE
-from .controls import controls
 from .corpus import make_bucket
 from .evaluate import evaluate, measure_vae
-from .family import MEMBERS, load_family
+from .family import TEXT, load_family
 from .gate import CONTROLS, LEAST_READING, LIMITS, gate
 from .latent_basis import LatentBasis
 from .recipe import Course, Recipe
-from .run import Run
+from .reports import controls_stage, grade_stage
+from .run import Files, Run, hashed, read_json, write_json
 from .text import train_text
 from .transformer import Lesson, train_transformer
-from .trial import shares, trial
 
 RECIPE_KEY = "kandinsky5.recipe"  # safetensors metadata: JSON of what the weights were trained with
 VIDEO, IMAGE, EDIT = variant("nano_video"), variant("nano_image"), variant("nano_edit")
 
 STRAY = 0.15  # share of text-to-video clips that begin with a stray frame
-
-Files = dict[str, Path]
 
 
 class GateError(KandinskyError):
@@ -110,10 +106,8 @@ def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
 
 def data_identity(run: Run, course: Course, out: Files) -> dict[str, object]:
     """Return what the training data of a course is made from: its slices and the text encoders' weights."""
-    hashed = hashlib.sha256()
-    for kind in ("text_encoder", "clip"):
-        hashed.update((out[kind] / "model.safetensors").read_bytes())
-    return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=hashed.hexdigest())
+    encoders = hashed(out[kind] for kind in TEXT)
+    return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=encoders)
 
 
 def member_basis(run: Run, member: str) -> LatentBasis:
@@ -198,71 +192,14 @@ def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> lis
     return [failure for task in tasks for failure in gate({member: found}, f"{member}/{task}")]
 
 
-def grade_stage(run: Run, recipe: Recipe, out: Files) -> None:
-    """Measure everything with the trained autoencoders; writes grade.json and a contact sheet a member.
-
-    The first size and length of the variant are measured in full, the others on fewer clips and in shares only.
-    """
-    report: dict[str, dict[str, object]] = {}
-    for member, kind in (("video", "vae"), ("image", "image_vae"), ("edit", None)):
-        family = load_family(out, run.device, member)
-        row = family.variant
-        frames, (size_px, _) = row.frames[0], row.sizes[0]
-        report[member] = evaluate(
-            family, recipe.grade_count, seen_count=recipe.grade_count // 2, frames=frames, size_px=size_px,
-            sheet=run.folder / f"grade_{member}.png",
-            note=lambda what, member=member: run.log("grade", now=f"{member}: {what}"),
-        )  # fmt: skip
-        if kind:
-            report[member]["vae"] = measure_vae(
-                family.vae, recipe.grade_count, size_px=size_px, frames=frames, device=run.device
-            )
-        report[member]["other_sizes"] = {}
-        for side, length in other_sizes(row):
-            run.log("grade", now=f"{member}: {side} px, {length} frames")
-            size = {"frames": length, "size_px": side}
-            count = max(1, min(recipe.grade_count // 2, recipe.grade_count * 64**2 // side**2))
-            found = {
-                task: shares(trial(family, task, count, **size))
-                for task in row.tasks if task != "t2i" or row.tasks == ("t2i",)
-            }  # fmt: skip
-            if kind:
-                found["vae"] = measure_vae(family.vae, count, **size, device=run.device)
-            report[member]["other_sizes"][f"{side}px_{length}f"] = found
-    write_json(run.folder / "grade.json", report)
-
-
-def other_sizes(row: Variant) -> list[tuple[int, int]]:
-    """Return the sides in px and lengths in frames that a variant is trained on besides its first of both."""
-    sides = [side for side, _ in row.sizes[1:]]
-    return [*((side, row.frames[0]) for side in sides), *((row.sizes[0][0], length) for length in row.frames[1:])]
-
-
-def write_json(path: Path, report: Mapping[str, object]) -> None:
-    """Write a report for people and programs."""
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def controls_stage(run: Run, recipe: Recipe, out: Files) -> None:
-    """Measure what happens when one thing is broken, with the trained autoencoders; writes controls.json."""
-    report = {}
-    for member in MEMBERS:
-        family = load_family(out, run.device, member)
-        report[member] = controls(
-            family, recipe.gate_count, frames=family.variant.frames[0], size_px=family.variant.sizes[0][0],
-            note=lambda what, member=member: run.log("controls", now=f"{member}: {what}"),
-        )  # fmt: skip
-    write_json(run.folder / "controls.json", report)
-
-
 def graded(run: Run, recipe: Recipe, out: Files, *, name: str, limits: Mapping[str, float]) -> list[str]:  # noqa: ARG001
     """Hold a finished report against its limits."""
-    return gate(json.loads((run.folder / f"{name}.json").read_text(encoding="utf-8")), limits=limits)
+    return gate(read_json(run.folder / f"{name}.json"), limits=limits)
 
 
 def understood(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
     """Hold what the text encoders read in held-out prompts against its limit."""
-    right = json.loads((run.folder / "text.json").read_text(encoding="utf-8"))
+    right = read_json(run.folder / "text.json")
     return [
         f"{name} is read right in {share} of the prompts; at least {LEAST_READING} is needed"
         for name, share in right.items() if not share >= LEAST_READING
