@@ -96,6 +96,11 @@ IMAGE = Schedule(
 )
 
 
+def basis_facts() -> dict[str, object]:
+    """Return what the bases are fitted to, for JSON."""
+    return {"clips": BASIS_CLIPS, "pictures": BASIS_PICTURES, "frames": FRAMES}
+
+
 def video_basis(run: Run, spec: VAESpec) -> LatentBasis:
     """Fit the latent basis of clips, in model units."""
     return _basis(run, spec, BASIS_CLIPS, FRAMES, VAE_TEMPORAL)
@@ -242,5 +247,6 @@ def _run_phases(
         train(
             run, phase.name, module, autoencoder_optimizers(module, phase.lr),
             lambda step, phase=phase: loss(drawn_batch(run, phase, step), phase.batches[step % len(phase.batches)]),
-            steps=phase.steps, lr=phase.lr, recipe=[asdict(batch) for batch in phase.batches], watch=watch,
+            steps=phase.steps, lr=phase.lr, watch=watch,
+            recipe={"batches": [asdict(batch) for batch in phase.batches], "basis": basis_facts()},
         )  # fmt: skip

@@ -104,7 +104,7 @@ def train(
     spent_s = 0.0
     if run.resume and path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
-        run.check(path, state["identity"], identity)
+        run.check(path, state.get("identity", {}), identity)
         module.load_state_dict(state["module"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

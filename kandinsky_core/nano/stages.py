@@ -17,7 +17,15 @@ from ..io.load import load_vae
 from ..text.encoder import TextEncoder, load_text_encoder
 from ..train.data import Bucket, Prompts
 from ..variants import Variant, variant
-from .autoencoder import image_basis, recipe_facts, save_vae, train_image_vae, train_video_vae, video_basis
+from .autoencoder import (
+    basis_facts,
+    image_basis,
+    recipe_facts,
+    save_vae,
+    train_image_vae,
+    train_video_vae,
+    video_basis,
+)
 from .codec import ScaledVAE
 from .corpus import make_bucket
 from .evaluate import evaluate, measure_vae
@@ -91,7 +99,7 @@ def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
         path = data_file(run, name)
         identity = data_identity(run, course, out)
         if run.resume and path.exists():
-            run.check(path, torch.load(path, mmap=True, weights_only=True)["identity"], identity)
+            run.check(path, torch.load(path, mmap=True, weights_only=True).get("identity", {}), identity)
             continue
         encoder = text_encoder(run, out)
         basis = member_basis(run, name)
@@ -106,8 +114,11 @@ def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
 
 def data_identity(run: Run, course: Course, out: Files) -> dict[str, object]:
     """Return what the training data of a course is made from: its slices and the text encoders' weights."""
+    for kind in TEXT:
+        if not (out[kind] / "model.safetensors").exists():
+            raise MissingError(f"There are no weights in {out[kind]}. Run --stage text with this --out first.")
     encoders = hashed(out[kind] for kind in TEXT)
-    return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=encoders)
+    return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=encoders, basis=basis_facts())
 
 
 def member_basis(run: Run, member: str) -> LatentBasis:
@@ -127,7 +138,7 @@ def read_data(run: Run, course: Course, name: str, out: Files) -> list[Bucket]:
     if not path.exists():
         raise MissingError(f"{path} is missing. Run --stage latents with this --out first.")
     found = torch.load(path, map_location=run.device, weights_only=True)
-    run.check(path, found["identity"], data_identity(run, course, out))
+    run.check(path, found.get("identity", {}), data_identity(run, course, out))
     return [Bucket(**{**fields, "prompts": Prompts(**fields["prompts"])}) for fields in found["buckets"]]
 
 

@@ -236,6 +236,7 @@ def reading_loss(reader: Reader, rng: random.Random, batch: int) -> Tensor:
 def reading_shares(reader: Reader, count: int, *, batch: int = 50) -> dict[str, float]:
     """Return the share of right answers on held-out combinations, by kind of prompt, tower and label."""
     right: dict[str, int] = {}
+    batch = min(batch, count)
     rng = random.Random("reading")
     for kind, template in TEMPLATE_OF.items():
         for _ in range(count // batch):

@@ -86,16 +86,24 @@ def main(arguments: list[str] | None = None) -> int:
     except KandinskyError as error:
         logger.error("%s", error)
         return 1
-    except subprocess.CalledProcessError as error:
-        logger.error("Stage %s stopped; its own message says why. Finished stages stay finished.", error.cmd[-1])
+    except subprocess.CalledProcessError:
         return 1
     return 0
+
+
+def _launch(command: Sequence[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError:
+        # Said now: the other lane may go on for an hour.
+        logger.error("Stage %s stopped; its own message says why. Finished stages stay finished.", command[-1])
+        raise
 
 
 def _run_chosen(chosen: argparse.Namespace, given: Sequence[str]) -> None:
     if chosen.stage == "all":
         command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, *given, "--stage"]
-        run_lanes(chosen.lanes, tuple(STAGES), lambda name: subprocess.run([*command, name], check=True))
+        run_lanes(chosen.lanes, tuple(STAGES), lambda name: _launch([*command, name]))
         return
     torch.set_num_threads(chosen.threads)
     run = Run(

@@ -22,6 +22,7 @@ from comfyui_kandinsky5.kandinsky_core.nano import (
     corpus,
     draw,
     files,
+    reports,
     run,
     stages,
     text,
@@ -36,8 +37,8 @@ from comfyui_kandinsky5.kandinsky_core.nano.gate import CONTROLS
 from comfyui_kandinsky5.kandinsky_core.nano.generate import generate
 from comfyui_kandinsky5.kandinsky_core.nano.plot import curves, plot
 from comfyui_kandinsky5.kandinsky_core.nano.recipe import RECIPE, Course, Recipe, Share, shortened
+from comfyui_kandinsky5.kandinsky_core.nano.reports import other_sizes
 from comfyui_kandinsky5.kandinsky_core.nano.run import Run
-from comfyui_kandinsky5.kandinsky_core.nano.stages import other_sizes
 from comfyui_kandinsky5.kandinsky_core.nano.transformer import put_strays
 from comfyui_kandinsky5.kandinsky_core.sampling.conditioning import Known
 from comfyui_kandinsky5.kandinsky_core.train.losses import flow_matching_loss, logit_normal_times
@@ -84,7 +85,7 @@ def tiny(small):
     """Few questions to the text encoders, one more size to grade, no curves after every stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "train_text", partial(stages.train_text, batch=8, checked=50))
-        patch.setattr(stages, "other_sizes", lambda row: [(32, row.frames[0])])
+        patch.setattr(reports, "other_sizes", lambda row: [(32, row.frames[0])])
         patch.setattr(train, "plot", lambda *_: None)
         yield
 
