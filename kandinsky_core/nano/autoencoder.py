@@ -75,7 +75,7 @@ VIDEO = Schedule(
                 Batch(clips=24), Batch(clips=1, frames=5, size_px=256),
             ),
         ),
-        # Small clips have the finest detail in pixels: they take most of the last steps.
+        # Small clips have the finest detail in pixels, such as the notches of a cross: they take most of the last steps.
         Phase(
             name="vae_decoder_detail", steps=660, lr=5e-4,
             batches=(
@@ -85,6 +85,14 @@ VIDEO = Schedule(
                 Batch(clips=4, frames=17), Batch(clips=8, size_px=128),
                 Batch(clips=4, frames=17), Batch(clips=1, frames=21, size_px=128, later=True),
                 Batch(clips=1, frames=5, size_px=256),
+            ),
+        ),
+        Phase(
+            name="vae_decoder_small", steps=480, lr=5e-4,
+            batches=(
+                Batch(clips=4, frames=17), Batch(clips=4, frames=17), Batch(clips=1, frames=17, size_px=128),
+                Batch(clips=4, frames=17), Batch(clips=4, frames=17), Batch(clips=4, frames=21, later=True),
+                Batch(clips=4, frames=17), Batch(clips=24),
             ),
         ),
     ),

@@ -69,14 +69,14 @@ def evaluate(
 def details(family: Family, found: Trial) -> dict[str, object]:
     """Return what is measured besides shares.
 
-    "flicker" of clips, beside that of true clips and of what the codec alone makes of them; with a given picture the
+    "flicker" of clips, beside that of true clips (`measure_vae` has the codec's own); with a given picture the
     "first_frame" against it and against what the codec makes of it, and the "seam", the step from the first frame to
     the second in 1/255, beside that of true clips; edits by kind, and what the codec leaves of true edits.
     """
     if found.task == "t2i":
         return {}
-    own_BTHWC = reconstruct(family.vae, found.real_BTHWC, family.device)
     if found.task == "i2i":
+        own_BTHWC = reconstruct(family.vae, found.real_BTHWC, family.device)
         kinds = sorted({item.kind for item in found.asked})
         pairs = list(zip(found.asked, found.grades, strict=True))
         return {
@@ -86,7 +86,7 @@ def details(family: Family, found: Trial) -> dict[str, object]:
                 for before, after, item in zip(found.given_BHWC, own_BTHWC[:, 0], found.asked, strict=True)
             ]),
         }  # fmt: skip
-    flicker = {"made": found.made_BTHWC, "reconstructed": own_BTHWC, "true": found.real_BTHWC}
+    flicker = {"made": found.made_BTHWC, "true": found.real_BTHWC}
     out: dict[str, object] = {"flicker": {name: flickering(clips) for name, clips in flicker.items()}}
     if found.task in FROM_PICTURE:
         first = reconstruct(family.vae, found.real_BTHWC[:, :1], family.device)

@@ -58,7 +58,7 @@ def test_a_perfect_generator_gets_full_marks(perfect, tmp_path):
         found = report[task]["held_out"]
         first = found["first_frame"]
         assert 20 < first["against_codec"]["psnr_mean_db"] < 60 < first["against_given"]["psnr_least_db"]
-        assert found["seam"]["made"] == found["seam"]["true"] != found["seam"]["reconstructed"]
+        assert found["seam"]["made"] == found["seam"]["true"] > 0
     assert report["t2v"]["held_out"]["flicker"]["made"] == report["t2v"]["held_out"]["flicker"]["true"]
     assert json.loads(json.dumps(report)) == report
     with Image.open(tmp_path / "sheet.png") as sheet:
