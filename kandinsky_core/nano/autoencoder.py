@@ -75,7 +75,7 @@ VIDEO = Schedule(
                 Batch(clips=24), Batch(clips=1, frames=5, size_px=256),
             ),
         ),
-        # Small clips have the finest detail in pixels, such as the notches of a cross: they take most of the last steps.
+        # Small clips have the finest detail, such as the notches of a cross: they take most of the last steps.
         Phase(
             name="vae_decoder_detail", steps=660, lr=5e-4,
             batches=(
