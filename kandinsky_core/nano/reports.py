@@ -62,7 +62,7 @@ def grade_member(run: Run, member: str, recipe: Recipe, out: Files) -> dict[str,
     for side, length in other_sizes(row):
         note(f"{side} px, {length} frames")
         size = {"frames": length, "size_px": side}
-        count = max(1, min(recipe.grade_count // 2, recipe.grade_count * 64**2 // side**2))
+        count = max(1, min(recipe.grade_count // 4, recipe.grade_count * 64**2 // side**2))
         report["other_sizes"][f"{side}px_{length}f"] = {
             "vae": measure_vae(family.vae, count, device=run.device, **size),
             **{
