@@ -147,4 +147,4 @@ def test_part_of_a_latent_is_kept_by_denoise_and_mask(saved):
     near = saved(graph)["latent"]
     graph["again"]["inputs"]["denoise"] = 1.0
     far = saved(graph)["latent"]
-    assert 0 < (near - first).norm() < 0.7 * (far - first).norm()
+    assert 0 < (near - first).norm() < 0.8 * (far - first).norm()
