@@ -38,7 +38,6 @@ CONTROLS: dict[str, float] = {
         "video/continuation/prompts_shuffled": ("motion",),
         "video/continuation/mask_dropped": ("identity",),
         "edit/i2i/prompts_shuffled": ("asked",),
-        "edit/i2i/mask_dropped": ("all",),
     }.items()
     for measure in measures
 }
