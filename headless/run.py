@@ -57,6 +57,7 @@ def run(
     calls = check(graph, types)
     uses = Counter(link.call for call in calls for _, link in call.links())
     values: dict[str, Sequence[Any]] = {}
+    host.facts = {}  # of this run only: ids mean other nodes in the next one
     result = Result(facts=host.facts)
     for index, call in enumerate(calls):
         if on_call:

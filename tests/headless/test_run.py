@@ -32,6 +32,11 @@ def test_values_flow_and_only_what_is_needed_runs(toys, host):
     assert set(result.seconds) == {"1", "2", "3"}
 
 
+def test_facts_are_those_of_one_run(toys, host):
+    host.facts["1"] = {"prompts": ["of the run before"]}
+    assert run(parse(chain(), toys), toys, host).facts == {}
+
+
 def test_a_failing_node_is_named_and_stops_the_run(toys, host):
     with pytest.raises(RunError, match=r"node 2 \(Add\): thirteen") as caught:
         run(parse(chain(b=13), toys), toys, host)
