@@ -173,7 +173,7 @@ def test_the_report_has_every_member_and_task(trained):
     assert {(member, size): {*parts} for member, found in sizes.items() for size, parts in found.items()} == {
         ("video", "32px_17f"): {"t2v", "i2v", "vae"},
         ("image", "32px_1f"): {"t2i", "vae"},
-        ("edit", "32px_1f"): {"i2i"},
+        ("edit", "32px_1f"): {"i2i", "vae"},
     }
     for name in ("grade_video.png", "grade_image.png", "grade_edit.png"):
         assert (trained / name).read_bytes().startswith(b"\x89PNG"), name
