@@ -43,6 +43,15 @@ CONTROLS: dict[str, float] = {
 }
 
 
+def above_chance(report: Mapping[str, object]) -> list[str]:
+    """Return what follows shuffled prompts in a report of the controls: hits that chance hardly explains."""
+    return [
+        f"{member}/{task}/prompts_shuffled: {name} is above chance"
+        for member, tasks in report.items() for task, found in tasks.items() if isinstance(found, Mapping)
+        for name in found.get("prompts_shuffled", {}).get("above_chance", ())
+    ]  # fmt: skip
+
+
 def gate(report: Mapping[str, object], part: str = "", *, limits: Mapping[str, float] = LIMITS) -> list[str]:
     """Return what misses its limit, or was not measured; `part` looks at the paths that begin with it only.
 

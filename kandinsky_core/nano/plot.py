@@ -12,7 +12,8 @@ logger = logging.getLogger("kandinsky5")
 def curves(log: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """Return stage -> quantity -> (steps, values) of everything numeric in `log.jsonl`; later lines replace earlier."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
+    # Another process may be writing the last line.
+    for line in log.read_text(encoding="utf-8").split("\n")[:-1]:
         entry = json.loads(line)
         step = entry.get("step")
         for name, value in entry.items():
@@ -45,4 +46,5 @@ def plot(log: Path, picture: Path) -> None:
             axes.plot(steps, values, label=name)
         axes.set_yscale("log")
         axes.legend()
-    figure.savefig(picture)
+    figure.savefig(picture.with_suffix(".part"), format="png")
+    picture.with_suffix(".part").replace(picture)

@@ -8,6 +8,7 @@ from ..variants import Variant, variant
 from .controls import controls
 from .evaluate import evaluate, measure_vae
 from .family import MEMBERS, TEXT, load_family
+from .grade import LEAST_OVERLAP
 from .recipe import Recipe
 from .run import Files, Run, hashed, read_json, write_json
 from .trial import shares, trial
@@ -33,7 +34,7 @@ def measured(run: Run, name: str, recipe: Recipe, out: Files, measure: Measure) 
         row = variant(f"nano_{member}")
         identity = run.identity(
             weights=hashed(out[kind] for kind in (*MEMBERS[member], *TEXT)),
-            counts=[recipe.grade_count, recipe.gate_count],
+            counts=[recipe.grade_count, recipe.gate_count], least_overlap=LEAST_OVERLAP,
             settings={name: getattr(row, name) for name in ("steps", "guidance", "shift", "sizes", "frames")},
         )  # fmt: skip
         if run.resume and path.exists() and (found := read_json(path))["identity"] == identity:

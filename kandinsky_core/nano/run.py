@@ -31,6 +31,10 @@ class ResumeError(KandinskyError):
     """What lies in the folder was made by another recipe."""
 
 
+class MissingError(KandinskyError):
+    """A stage lacks what an earlier one makes."""
+
+
 @dataclass(slots=True)
 class Run:
     """Where a training writes and on what it computes; the same seed gives the same weights on one CPU thread."""
@@ -101,7 +105,7 @@ def train(
     path = run.folder / f"{stage}.ckpt"
     identity = run.identity(steps=steps, lr=lr, recipe=recipe)
     first = 0
-    spent_s = 0.0
+    spent_s = average = 0.0
     if run.resume and path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         run.check(path, state.get("identity", {}), identity)
@@ -110,9 +114,8 @@ def train(
             optimizer.load_state_dict(saved)
         if ema is not None:
             ema.load_state_dict(state["ema"])
-        first, spent_s = state["step"], state["spent_s"]
+        first, spent_s, average = state["step"], state["spent_s"], state["average"]
     began_s = time.perf_counter() - spent_s
-    average = 0.0
     for step in range(first, steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -127,7 +130,7 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
         done = step + 1
-        average = loss.item() if step == first else 0.95 * average + 0.05 * loss.item()
+        average = loss.item() if step == 0 else 0.95 * average + 0.05 * loss.item()
         if not math.isfinite(average):
             raise KandinskyError(f"Loss of stage {stage} is {loss.item()} at step {done}. Lower the learning rate.")
         spent_s = time.perf_counter() - began_s
@@ -140,6 +143,7 @@ def train(
                 "identity": identity,
                 "step": done,
                 "spent_s": spent_s,
+                "average": average,
             }
             torch.save(state | ({"ema": ema.state_dict()} if ema is not None else {}), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
@@ -148,8 +152,16 @@ def train(
 
 
 def write_json(path: Path, report: Mapping[str, object]) -> None:
-    """Write a report for people and programs."""
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a report for people and programs; a number that is none becomes null."""
+    path.write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -158,8 +170,12 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def hashed(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of weights: files, or folders with a model.safetensors."""
+    """Return the SHA-256 of weights: safetensors files, or folders of a text encoder; raises `MissingError`."""
     found = hashlib.sha256()
     for path in paths:
-        found.update((path / "model.safetensors" if path.is_dir() else path).read_bytes())
+        parts = [path] if path.suffix else [path / "model.safetensors", path / "tokenizer.json"]
+        for part in parts:
+            if not part.exists():
+                raise MissingError(f"{part} is missing. Run the stage that makes it first, or name its --weights.")
+            found.update(part.read_bytes())
     return found.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,11 @@ from .codec import ScaledVAE
 from .corpus import make_bucket
 from .evaluate import evaluate, measure_vae
 from .family import TEXT, load_family
-from .gate import CONTROLS, LEAST_READING, LIMITS, gate
+from .gate import CONTROLS, LEAST_READING, LIMITS, above_chance, gate
 from .latent_basis import LatentBasis
 from .recipe import Course, Recipe
 from .reports import controls_stage, grade_stage
-from .run import Files, Run, hashed, read_json, write_json
+from .run import Files, MissingError, Run, hashed, read_json, write_json
 from .text import train_text
 from .transformer import Lesson, train_transformer
 
@@ -46,10 +46,6 @@ STRAY = 0.15  # share of text-to-video clips that begin with a stray frame
 
 class GateError(KandinskyError):
     """A stage has not reached what the next ones or the users need."""
-
-
-class MissingError(KandinskyError):
-    """A stage lacks what an earlier one makes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +110,6 @@ def latents_stage(run: Run, recipe: Recipe, out: Files) -> None:
 
 def data_identity(run: Run, course: Course, out: Files) -> dict[str, object]:
     """Return what the training data of a course is made from: its slices and the text encoders' weights."""
-    for kind in TEXT:
-        if not (out[kind] / "model.safetensors").exists():
-            raise MissingError(f"There are no weights in {out[kind]}. Run --stage text with this --out first.")
     encoders = hashed(out[kind] for kind in TEXT)
     return run.identity(slices=[asdict(part) for part in course.slices], text_encoders=encoders, basis=basis_facts())
 
@@ -203,9 +196,15 @@ def measured_member(run: Run, recipe: Recipe, out: Files, *, member: str) -> lis
     return [failure for task in tasks for failure in gate({member: found}, f"{member}/{task}")]
 
 
-def graded(run: Run, recipe: Recipe, out: Files, *, name: str, limits: Mapping[str, float]) -> list[str]:  # noqa: ARG001
-    """Hold a finished report against its limits."""
-    return gate(read_json(run.folder / f"{name}.json"), limits=limits)
+def graded(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
+    """Hold the finished report against its limits."""
+    return gate(read_json(run.folder / "grade.json"))
+
+
+def controlled(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
+    """Hold what the breaks cost against its limits, and shuffled prompts against chance."""
+    report = read_json(run.folder / "controls.json")
+    return gate(report, limits=CONTROLS) + above_chance(report)
 
 
 def understood(run: Run, recipe: Recipe, out: Files) -> list[str]:  # noqa: ARG001
@@ -227,6 +226,6 @@ STAGES = {
     "image_vae": Stage(work=image_vae_stage, gate=partial(measured_vae, member="image")),
     "image": Stage(work=image_stage, needs=("latents",), gate=partial(measured_member, member="image")),
     "edit": Stage(work=edit_stage, needs=("latents",), gate=partial(measured_member, member="edit")),
-    "grade": Stage(work=grade_stage, needs=ALL_TRAINED, gate=partial(graded, name="grade", limits=LIMITS)),
-    "controls": Stage(work=controls_stage, needs=ALL_TRAINED, gate=partial(graded, name="controls", limits=CONTROLS)),
+    "grade": Stage(work=grade_stage, needs=ALL_TRAINED, gate=graded),
+    "controls": Stage(work=controls_stage, needs=ALL_TRAINED, gate=controlled),
 }

@@ -11,7 +11,7 @@ from comfyui_kandinsky5.kandinsky_core.model.crossdit import CrossDiT
 from comfyui_kandinsky5.kandinsky_core.nano import controls, draw, files
 from comfyui_kandinsky5.kandinsky_core.nano.edit import edits
 from comfyui_kandinsky5.kandinsky_core.nano.family import Family, load_family
-from comfyui_kandinsky5.kandinsky_core.nano.gate import CONTROLS, gate
+from comfyui_kandinsky5.kandinsky_core.nano.gate import CONTROLS, above_chance, gate
 from comfyui_kandinsky5.kandinsky_core.nano.score import wilson
 from comfyui_kandinsky5.kandinsky_core.variants import variant
 from torch.testing import assert_close
@@ -70,6 +70,12 @@ def test_chance_is_exact():
     assert 1 / 30 < controls.chance(asked, "i2i")["asked"] < 0.2
     order = controls.permutation(48)
     assert sorted(order) == list(range(48)) and sum(a == b for a, b in enumerate(order)) < 6
+
+
+def test_a_report_above_chance_is_named():
+    found = {"prompts_shuffled": {"above_chance": ["shape"]}, "sound": {}}
+    report = {"video": {"variant": "nano_video", "t2v": found, "t2i": {"prompts_shuffled": {"above_chance": []}}}}
+    assert above_chance(report) == ["video/t2v/prompts_shuffled: shape is above chance"]
 
 
 def test_the_binomial_tail_is_known():

@@ -463,3 +463,13 @@ def test_a_diverging_run_stops(tmp_path):
             lambda _: module.weight.sum() * float("nan"), steps=3, lr=1.0,
         )  # fmt: skip
     assert not (tmp_path / "test.ckpt").exists()
+
+
+def test_a_report_holds_no_numbers_that_are_none(tmp_path):
+    run.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": float("inf"), "d": "nan"}})
+    assert run.read_json(tmp_path / "x.json") == {"a": [1.5, None], "b": {"c": None, "d": "nan"}}
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(run.MissingError, match=r"k5_nano_video\.safetensors is missing"):
+        stages.STAGES["grade"].work(Run(tmp_path), TINY, files(tmp_path / "weights"))
