@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
 from comfyui_kandinsky5.kandinsky_core.io.load import load_crossdit
 from comfyui_kandinsky5.kandinsky_core.model.crossdit import CrossDiT
 from comfyui_kandinsky5.kandinsky_core.nano import (
-    autoencoder,
-    batch,
-    corpus,
-    draw,
     files,
     reports,
     run,
@@ -36,14 +27,12 @@ from comfyui_kandinsky5.kandinsky_core.nano.family import load_family
 from comfyui_kandinsky5.kandinsky_core.nano.gate import CONTROLS
 from comfyui_kandinsky5.kandinsky_core.nano.generate import generate
 from comfyui_kandinsky5.kandinsky_core.nano.plot import curves, plot
-from comfyui_kandinsky5.kandinsky_core.nano.recipe import RECIPE, Course, Recipe, Share, shortened
+from comfyui_kandinsky5.kandinsky_core.nano.recipe import Course, Recipe, Share
 from comfyui_kandinsky5.kandinsky_core.nano.reports import other_sizes
 from comfyui_kandinsky5.kandinsky_core.nano.run import Run
-from comfyui_kandinsky5.kandinsky_core.nano.transformer import put_strays
 from comfyui_kandinsky5.kandinsky_core.sampling.conditioning import Known
 from comfyui_kandinsky5.kandinsky_core.train.losses import flow_matching_loss, logit_normal_times
 from safetensors.torch import load_file
-from torch import nn
 
 STEPS = 30
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
@@ -293,183 +282,3 @@ def test_data_of_a_course_is_what_its_slices_say(trained):
         lengths = bucket.prompts.mask_RL.sum(1)
         assert 0.02 < (lengths == nothing).float().mean() < 0.25 and lengths.min() == nothing
         assert len(bucket.prompts.pooled_RP.unique(dim=0)) > 16
-
-
-def test_no_picture_of_the_training_shows_a_held_out_combination(tmp_path, monkeypatch):
-    """Of the bases and of every kind of data: whatever is drawn for them."""
-    shown = []
-
-    def noted(item, **options):
-        shown.append(item)
-        return draw.draw(item, **options)
-
-    monkeypatch.setattr(batch, "draw", noted)
-    monkeypatch.setattr(corpus, "encode_prompts", lambda *_: None)
-    here = Run(tmp_path)
-    autoencoder.video_basis(here, stages.VIDEO.vae)
-    basis = autoencoder.image_basis(here, stages.IMAGE.vae)
-    count = sum(clips for clips, _ in (*autoencoder.BASIS_CLIPS, *autoencoder.BASIS_PICTURES))
-    assert len(shown) == count
-    for stream, kind in enumerate(text.TEMPLATE_OF):
-        corpus.make_bucket(here, basis, None, Slice(kind=kind, size_px=32, clips=8, batch=1), stream)
-        # The picture to edit is drawn for the text encoder, as a latent, and changed.
-        count += 8 * (3 if kind == "edit" else 1)
-        assert len(shown) == count
-    assert not any(map(draw.held_out, shown))
-
-
-def test_strays_are_clean_unmarked_and_still():
-    torch.manual_seed(0)
-    clean, noise = torch.randn(2, 4, 16, 3, 2, 2)
-    before = clean.clone(), noise.clone()
-    put_strays(clean, noise, torch.tensor([True, False, True, False]))
-    assert torch.equal(clean[[1, 3]], before[0][[1, 3]]) and torch.equal(noise[[1, 3]], before[1][[1, 3]])
-    assert torch.equal(clean[:, :, 1:], before[0][:, :, 1:]) and torch.equal(noise[:, :, 1:], before[1][:, :, 1:])
-    assert torch.equal(clean[0, :, 0], before[0][3, :, 0]) and torch.equal(noise[0, :, 0], clean[0, :, 0])
-
-
-def test_lanes_keep_the_order_and_run_side_by_side():
-    events, lock = [], threading.Lock()
-    meeting = threading.Barrier(2)
-
-    def launch(name):
-        with lock:
-            events.append(("begin", name))
-        if name in ("text", "vae"):  # passes when both are there, and breaks otherwise
-            meeting.wait(timeout=60)
-        with lock:
-            events.append(("end", name))
-
-    train.run_lanes(2, tuple(stages.STAGES), launch)
-    assert sorted(name for event, name in events if event == "begin") == sorted(stages.STAGES)
-    for name, stage in stages.STAGES.items():
-        assert all(events.index(("end", need)) < events.index(("begin", name)) for need in stage.needs), (name, events)
-    running = [0]
-    for event, _ in events:
-        running.append(running[-1] + (1 if event == "begin" else -1))
-    assert max(running) == 2
-
-
-def test_all_stages_are_processes_with_the_given_options(tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(subprocess, "run", lambda command, *, check: commands.append((command, check)))
-    given = ["--stage", "all", "--out", str(tmp_path), "--seed", "5", "--lanes", "1"]
-    assert train.main(given) == 0
-    chosen = []
-    for command, check in commands:
-        assert command[:3] == [sys.executable, "-m", train.__name__] and check
-        options = train.parser().parse_args(command[3:])
-        assert (options.out, options.seed) == (tmp_path, 5)
-        chosen.append(options.stage)
-    assert sorted(chosen) == sorted(stages.STAGES)
-
-
-def test_a_process_that_fails_is_named(tmp_path, monkeypatch, caplog):
-    def fail(command, *, check):
-        raise subprocess.CalledProcessError(1, command)
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    assert train.main(["--out", str(tmp_path), "--lanes", "1"]) == 1
-    assert [one.getMessage().split(";")[0] for one in caplog.records if one.levelname == "ERROR"] == [
-        "Stage text stopped"
-    ]
-
-
-def test_an_error_on_the_command_line_is_one_clear_line(tmp_path, caplog):
-    assert train.main(["--stage", "image", "--out", str(tmp_path)]) == 1
-    said = [one for one in caplog.records if one.levelname == "ERROR"]
-    assert [one.getMessage() for one in said] == [
-        f"{tmp_path / 'latents_image.pt'} is missing. Run --stage latents with this --out first."
-    ]
-    assert said[0].exc_info is None
-
-
-def test_a_failing_stage_stops_those_that_need_it():
-    began = []
-
-    def launch(name):
-        began.append(name)
-        if name == "text":
-            raise RuntimeError("text")
-
-    with pytest.raises(RuntimeError, match="text"):
-        train.run_lanes(2, tuple(stages.STAGES), launch)
-    assert "latents" not in began and "grade" not in began
-
-
-def test_a_rehearsal_is_short_everywhere():
-    short = shortened(RECIPE, 3)
-    assert all(one.steps <= 3 for one in (short.video, short.image, short.edit))
-    assert all(
-        phase.steps <= 3 for plan in (short.vae, short.image_vae)
-        for part in (plan.encoder, plan.decoder, plan.finish) for phase in part
-    )  # fmt: skip
-    assert short.text_steps == 3 and replace(short.video, slices=()) == replace(RECIPE.video, slices=(), steps=3)
-
-
-def linear_run(folder, *, stop=None, steps=20, lr=0.01, recipe=None, **options):
-    """Train a linear layer, until `stop`; return the weights and their average."""
-    here = Run(folder, **options)
-    torch.manual_seed(0)
-    module = nn.Linear(4, 4)
-    average = copy.deepcopy(module)
-
-    def loss_at(step):
-        if step == stop:
-            raise KeyboardInterrupt
-        x = torch.randn(8, 4, generator=here.generator("test", step))
-        return (module(x) - x.flip(1)).square().mean()
-
-    run.train(
-        here, "test", module, [torch.optim.Adam(module.parameters())], loss_at, steps=steps, lr=lr, recipe=recipe,
-        ema=average,
-    )  # fmt: skip
-    return module.weight, average.weight
-
-
-def test_an_interrupted_run_gives_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "SAVE_EVERY", 4)
-    whole = linear_run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        linear_run(tmp_path / "broken", stop=10)
-    again = linear_run(tmp_path / "broken")
-    assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
-    assert not torch.equal(whole[0], whole[1])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"seed": 2}, "seed was 1, is now 2"),
-        ({"dtype": torch.bfloat16}, "dtype was torch.float32, is now torch.bfloat16"),
-        ({"steps": 21}, "steps was 20, is now 21"),
-        ({"lr": 0.02}, "lr was 0.01, is now 0.02"),
-        ({"recipe": {"batch": (4, 8)}}, r"recipe was None, is now {'batch': \[4, 8\]}"),
-    ],
-)
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, change, said):
-    linear_run(tmp_path)
-    with pytest.raises(run.ResumeError, match=rf"test\.ckpt was made by another recipe: {said}\. Take another --out"):
-        linear_run(tmp_path, **change)
-    linear_run(tmp_path, resume=False, **change)
-    linear_run(tmp_path, **change, stop=0)  # finished: not one step
-
-
-def test_a_diverging_run_stops(tmp_path):
-    module = nn.Linear(1, 1)
-    with pytest.raises(KandinskyError, match="Loss of stage test is nan at step 1. Lower the learning rate"):
-        run.train(
-            Run(tmp_path), "test", module, [torch.optim.SGD(module.parameters())],
-            lambda _: module.weight.sum() * float("nan"), steps=3, lr=1.0,
-        )  # fmt: skip
-    assert not (tmp_path / "test.ckpt").exists()
-
-
-def test_a_report_holds_no_numbers_that_are_none(tmp_path):
-    run.write_json(tmp_path / "x.json", {"a": [1.5, float("nan")], "b": {"c": float("inf"), "d": "nan"}})
-    assert run.read_json(tmp_path / "x.json") == {"a": [1.5, None], "b": {"c": None, "d": "nan"}}
-
-
-def test_weights_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(run.MissingError, match=r"k5_nano_video\.safetensors is missing"):
-        stages.STAGES["grade"].work(Run(tmp_path), TINY, files(tmp_path / "weights"))
