@@ -25,7 +25,6 @@ LIMITS: dict[str, float] = {
     "edit/i2i/held_out/kept/share": 0.80,
 }
 
-
 LEAST_READING = 0.95  # share of held-out prompts that the text encoders read right, for every label
 LEAST_DROP = 20  # points that a break must cost where it must show
 # The same for the report of the controls.

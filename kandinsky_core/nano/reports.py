@@ -35,7 +35,7 @@ def measured(run: Run, name: str, recipe: Recipe, out: Files, measure: Measure) 
         identity = run.identity(
             weights=hashed(out[kind] for kind in (*MEMBERS[member], *TEXT)),
             counts=[recipe.grade_count, recipe.gate_count], least_overlap=LEAST_OVERLAP,
-            settings={name: getattr(row, name) for name in ("steps", "guidance", "shift", "sizes", "frames")},
+            settings={key: getattr(row, key) for key in ("steps", "guidance", "shift", "sizes", "frames")},
         )  # fmt: skip
         if run.resume and path.exists() and (found := read_json(path))["identity"] == identity:
             report[member] = found["report"]
