@@ -117,13 +117,15 @@ class CrossDiT(nn.Module):
         text_mask_BL: Tensor | None = None,
         rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
         attend: Attend | Sequence[Attend] = dense,
+        order_N: Tensor | None = None,
         on_block: OnBlock | None = None,
     ) -> Tensor:
         """Return the velocity `[B,T,H,W,16]` in the dtype of `x_BTHWC`.
 
         `time_B` is the flow time already multiplied by 1000, float32. `text_mask_BL` is True at real tokens.
         `rope_scale` divides the positions along time, height, width. `attend` is visual self-attention: one value,
-        or one per visual block.
+        or one per visual block. `order_N` holds the raster index of the visual token at each place: the blocks see
+        the tokens in that order (block-sparse attention wants tiles), the result comes back in raster order.
         """
         token_thw = self.token_grid(x_BTHWC)
         batches = [len(given) for given in (x_BTHWC, text_BLD, pooled_BP, time_B)]
@@ -137,7 +139,11 @@ class CrossDiT(nn.Module):
         text_BLD = self.refine_text(text_BLD, time_BE, attend_text)
         rope_NP2 = rope_3d(token_thw, self.spec.axes_dims, rope_scale, x_BTHWC.device)
         x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3)
+        if order_N is not None:
+            x_BND, rope_NP2 = x_BND.index_select(1, order_N), rope_NP2.index_select(0, order_N)
         x_BND = self.run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block)
+        if order_N is not None:
+            x_BND = x_BND.index_select(1, order_N.argsort())
         return self.out_layer(x_BND, time_BE, token_thw)
 
     def token_grid(self, x_BTHWC: Tensor) -> tuple[int, int, int]:

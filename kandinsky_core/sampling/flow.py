@@ -5,7 +5,7 @@ B batch, C latent channels, T/H/W latent frames/rows/columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,9 @@ from .conditioning import NOTHING_KNOWN, Known, TextCondition, keep_known, trans
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_BCTHW, t as a 0-dim float32 tensor in 0..1) -> velocity_BCTHW"""
 
+OptionsAt = Callable[[tuple[int, int, int], Tensor], Mapping[str, object]]
+"""(frames, rows, columns of tokens; t as a 0-dim float32 tensor in 0..1) -> options of one transformer call"""
+
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 """(steps done, steps in all, x_BCTHW, estimate of the clean latent_BCTHW); raise from it to cancel"""
 
@@ -25,6 +28,10 @@ class Transformer(Protocol):
     """What the sampler needs of a model: `CrossDiT.forward`."""
 
     spec: CrossDiTSpec
+
+    def token_grid(self, x_BTHWC: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens of a latent."""
+        ...
 
     def __call__(
         self, x_BTHWC: Tensor, text_BLD: Tensor, pooled_BP: Tensor, time_B: Tensor, **options: object
@@ -45,12 +52,13 @@ def velocity_of(
     dtype: torch.dtype,
     rope_scale: tuple[float, float, float],
     known: Known = NOTHING_KNOWN,
+    options_at: OptionsAt | None = None,
     **options: object,
 ) -> Velocity:
     """The model's velocity for one prompt, computed in `dtype`, returned in the state's dtype.
 
     `text` and `known` should already be on the model's device: they are read at every step. `options` (attend,
-    on_block) go to the transformer as they are.
+    on_block) go to the transformer as they are, `options_at` gives those that depend on size and time.
     """
 
     def velocity(x_BCTHW: Tensor, t: Tensor) -> Tensor:
@@ -58,6 +66,7 @@ def velocity_of(
         condition = text.to(x_BCTHW.device, dtype).expand(batch)
         x_BTHWC = transformer_input(model.spec, x_BCTHW.to(dtype), known.to(x_BCTHW.device, dtype))
         time_B = (t.float() * 1000).to(x_BCTHW.device).expand(batch)
+        varying = {} if options_at is None else options_at(model.token_grid(x_BTHWC), t)
         out_BTHWC = model(
             x_BTHWC,
             condition.features_BLD,
@@ -66,6 +75,7 @@ def velocity_of(
             text_mask_BL=condition.mask_BL,
             rope_scale=rope_scale,
             **options,
+            **varying,
         )
         return out_BTHWC.movedim(-1, 1).to(x_BCTHW.dtype)
 

@@ -21,6 +21,7 @@ ROOMS = {
     "errors": set(),
     "shapes": set(),
     "variants": {"shapes"},
+    "sparse": set(),
     "model": set(),
     "vae": set(),
     "text": {"io"},  # the towers read their files through io's checkpoint reader

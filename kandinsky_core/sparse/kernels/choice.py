@@ -1,0 +1,91 @@
+"""One function over all kernels: the first that works here, and the next one when it fails.
+
+Shapes: B batch, A heads, N visual tokens, E head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+from ..layout import BlockLayout
+from . import blockwise, flex, fused, sparge, trial
+from .gradient import Kernel, with_gradient
+
+logger = logging.getLogger("kandinsky5")
+
+AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE = "auto", "triton", "flex", "torch", "spargeattn", "dense"
+NAMES = (AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE)
+COMPILE_TOK = 16_384  # on a CPU a compilation (half a minute and more) pays from about here, and in 16 bits only
+FAILURES = (RuntimeError, ImportError, BackendUnavailable)  # compilers and allocators raise kinds of RuntimeError
+
+
+@dataclass(slots=True)
+class Kernels:
+    """Block-sparse attention for one run. A kernel that fails once is not tried again; each failure is logged once."""
+
+    wanted: str = AUTO
+    left: dict[str, str] = field(default_factory=dict)  # kernels given up, and why
+    used: Counter[str] = field(default_factory=Counter)  # calls by kernel
+
+    def __post_init__(self) -> None:
+        if self.wanted not in NAMES:
+            raise BackendUnavailable(f"Unknown kernel '{self.wanted}'. Possible: {', '.join(NAMES)}.")
+
+    def attend(self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:
+        """Return attention of tile-ordered `q_BANE`, `k_BANE`, `v_BANE` over the kept blocks only.
+
+        When every kernel has failed, or "dense" is wanted, it is full attention: nothing is skipped then.
+        """
+        for name in self.candidates(q_BANE):
+            kernel = _KERNELS[name]
+            limit = trial.ROUNDED_LIMIT if name == SPARGE else None
+            try:
+                trial.check(kernel, q_BANE, layout.tiles.is_whole, limit)
+                out_BANE = with_gradient(kernel, q_BANE, k_BANE, v_BANE, layout)
+            except FAILURES as error:
+                self._leave(name, error, q_BANE)
+                continue
+            self.used[name] += 1
+            return out_BANE
+        self.used[DENSE] += 1
+        return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE)
+
+    def candidates(self, q_BANE: Tensor) -> list[str]:
+        """Return the kernels to try for such a tensor, best first."""
+        if self.wanted == DENSE:
+            return []
+        if not q_BANE.is_cpu:
+            found = [TRITON, FLEX, TORCH]
+        elif q_BANE.dtype.itemsize == 2 and q_BANE.shape[2] >= COMPILE_TOK:
+            found = [FLEX, TORCH]
+        else:
+            found = [TORCH]  # in float32 it is the fastest anyway
+        named = [] if self.wanted == AUTO else [self.wanted]
+        return [name for name in dict.fromkeys((*named, *found)) if name not in self.left]
+
+    def _leave(self, name: str, error: Exception, q_BANE: Tensor) -> None:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        self.left[name] = reason
+        rest = self.candidates(q_BANE)
+        logger.warning(
+            "NABLA: the %s kernel is left for the rest of this run (%s). %s",
+            name,
+            reason,
+            f"The {rest[0]} kernel takes over: same result, other speed."
+            if rest
+            else "No block-sparse kernel is left: attention is computed in full, which is slower and skips nothing.",
+        )
+
+
+_KERNELS: dict[str, Kernel] = {
+    TRITON: fused.attend,
+    FLEX: flex.attend,
+    TORCH: blockwise.attend,
+    SPARGE: sparge.attend,
+}

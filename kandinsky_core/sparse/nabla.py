@@ -1,0 +1,183 @@
+"""NABLA (arXiv 2511.14993, section on neighbourhood adaptive block-level attention) over one sampling run.
+
+Shapes: B batch, A heads, N visual tokens, E head width, K blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import KandinskyError
+from ..shapes import PATCH, VAE_SPATIAL
+from ..variants import VARIANTS, Attention, Variant
+from .kernels.choice import AUTO, NAMES, Kernels
+from .record import Record
+from .selection import select
+from .tiles import Tiles
+from .window import sliding_window
+
+logger = logging.getLogger("kandinsky5")
+
+ON, OFF = "on", "off"
+MODES = (AUTO, ON, OFF)
+MIN_TOK = 4096  # below this the selection costs about what it saves
+GROUP_BYTES = 1 << 28  # float32 scores of the heads whose block lists exist at the same time
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NablaSettings:
+    """What a user can set. `mode` auto follows the variant table and ignores `mass` and the window."""
+
+    mode: str = AUTO
+    mass: float = 0.9  # P: softmax mass that is kept
+    window_thw: tuple[int, int, int] = (11, 3, 3)  # latent frames, tile rows, tile columns
+    kernel: str = AUTO
+    dense_first_steps: int = 0
+    dense_last_steps: int = 0
+    dense_first_blocks: int = 0
+    dense_last_blocks: int = 0
+    min_tok: int = MIN_TOK
+    exact: bool = False  # the published selection to the bit, with its sorts
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise KandinskyError(f"NABLA mode '{self.mode}' is unknown. Possible: {', '.join(MODES)}.")
+        if self.kernel not in NAMES:
+            raise KandinskyError(f"NABLA kernel '{self.kernel}' is unknown. Possible: {', '.join(NAMES)}.")
+        if not 0 <= self.mass <= 1:
+            raise KandinskyError(f"NABLA keeps a share P, 0 to 1, of the attention; got {self.mass:g}. Try 0.9.")
+        counts = (self.dense_first_steps, self.dense_last_steps, self.dense_first_blocks, self.dense_last_blocks)
+        if min(*self.window_thw, *counts, self.min_tok) < 0:
+            raise KandinskyError(f"Windows and counts of NABLA are 0 or more; got {self}.")
+
+
+def policy(settings: NablaSettings, row: Variant | None, token_thw: tuple[int, int, int]) -> Attention:
+    """Return the attention that `settings` mean for a clip of this size: what was trained, what is set, or full."""
+    if settings.mode == OFF or math.prod(token_thw) < settings.min_tok:
+        return Attention()
+    if settings.mode == ON:
+        t, h, w = settings.window_thw
+        return Attention(kind="nabla", P=settings.mass, wT=t, wH=h, wW=w)
+    return Attention() if row is None else trained(row, token_thw).attention
+
+
+def trained(row: Variant, token_thw: tuple[int, int, int]) -> Variant:
+    """Return the row of the same weights file whose published sizes are nearest: one file serves SD and HD."""
+    _, rows, columns = token_thw
+    area_px = rows * columns * (VAE_SPATIAL * PATCH[1]) ** 2
+
+    def distance(other: Variant) -> float:
+        return min(abs(math.log(height * width / area_px)) for height, width in other.sizes)
+
+    same_file = [other for other in VARIANTS.values() if other.files == row.files and other.tasks == row.tasks]
+    return min(same_file or [row], key=distance)
+
+
+@dataclass(slots=True)
+class Nabla:
+    """Block-sparse visual self-attention of one model; `begin` starts a run, `forward` each network evaluation."""
+
+    settings: NablaSettings
+    row: Variant | None
+    sigmas: tuple[float, ...] = ()
+    record: Record = field(default_factory=Record)
+    kernels: Kernels = field(default_factory=Kernels)
+
+    def begin(self, sigmas: Sequence[float]) -> None:
+        """Start a run over these flow times, falling from 1 to 0; what was recorded before is dropped."""
+        self.sigmas = tuple(sigmas)
+        self.record = Record(steps=max(0, len(self.sigmas) - 1))
+        self.kernels = Kernels(self.settings.kernel)
+
+    def step_of(self, sigma: float) -> int:
+        """Return the step that an evaluation at flow time `sigma` belongs to; some samplers look between two times."""
+        return max(0, sum(time >= sigma - 1e-6 for time in self.sigmas[:-1]) - 1)
+
+    def forward(
+        self, token_thw: tuple[int, int, int], blocks: int, sigma: float, device: torch.device
+    ) -> Forward | None:
+        """Prepare one evaluation of a network of `blocks` visual blocks; None when all of it is to be dense."""
+        settings = self.settings
+        attention = policy(settings, self.row, token_thw)
+        step = self.step_of(sigma)
+        is_dense = step < settings.dense_first_steps or step >= len(self.sigmas) - 1 - settings.dense_last_steps
+        self.record.see(token_thw, blocks, attention)
+        if attention.kind == "full" or (self.sigmas and is_dense):
+            return None
+        tiles = Tiles(token_thw, device)
+        window_KK = sliding_window(tiles, (attention.wT, attention.wH, attention.wW))
+        return Forward(self, tiles, window_KK, attention.P, blocks, step)
+
+
+    def options(
+        self, token_thw: tuple[int, int, int], blocks: int, sigma: float, device: torch.device, dense: Attend
+    ) -> dict[str, object]:
+        """Return what `CrossDiT.forward` is given for one evaluation: the token order and one attention a block."""
+        forward = self.forward(token_thw, blocks, sigma, device)
+        return {} if forward is None else {"order_N": forward.tiles.order_N, "attend": forward.per_block(dense)}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Attention of one network evaluation."""
+
+    nabla: Nabla
+    tiles: Tiles
+    window_KK: Tensor
+    mass: float
+    blocks: int
+    step: int
+
+    def per_block(self, dense: Attend) -> list[Attend]:
+        """Return one attention a visual block, for tokens in tile order."""
+        return [partial(self.attend, block=block, dense=dense) for block in range(self.blocks)]
+
+    def attend(
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True
+    ) -> Tensor:
+        """Attend in visual block `block`; `is_ordered` False: tokens come, and the result goes, in raster order."""
+        settings = self.nabla.settings
+        if block < settings.dense_first_blocks or block >= self.blocks - settings.dense_last_blocks:
+            return dense(q_BANE, k_BANE, v_BANE)
+        sparse = self._attend_groups
+        if "torch._dynamo" in sys.modules:  # only a process that compiles has it, and importing it takes seconds
+            sparse = torch.compiler.disable(sparse)
+        return sparse(q_BANE, k_BANE, v_BANE, block, is_ordered)
+
+    def _attend_groups(
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool
+    ) -> Tensor:
+        """Treat as many heads together as keep the block lists within bounds."""
+        heads = max(1, GROUP_BYTES // (4 * len(q_BANE) * self.tiles.blocks**2))
+        groups = list(zip(*(x.split(heads, dim=1) for x in (q_BANE, k_BANE, v_BANE)), strict=True))
+        if len(groups) == 1:
+            return self._attend_heads(*groups[0], block, is_ordered)
+        if torch.is_grad_enabled():
+            return torch.cat([self._attend_heads(*group, block, is_ordered) for group in groups], dim=1)
+        out_BANE = torch.empty_like(q_BANE)
+        for part, group in zip(out_BANE.split(heads, dim=1), groups, strict=True):
+            part.copy_(self._attend_heads(*group, block, is_ordered))
+        return out_BANE
+
+    def _attend_heads(
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool
+    ) -> Tensor:
+        if not is_ordered:
+            q_BANE, k_BANE, v_BANE = (x.index_select(2, self.tiles.order_N) for x in (q_BANE, k_BANE, v_BANE))
+        with torch.no_grad():
+            layout = select(
+                q_BANE, k_BANE, self.tiles, self.mass, self.window_KK, exact=self.nabla.settings.exact
+            )
+        self.nabla.record.add(self.step, block, layout)
+        out_BANE = self.nabla.kernels.attend(q_BANE, k_BANE, v_BANE, layout)
+        return out_BANE if is_ordered else out_BANE.index_select(2, self.tiles.inverse_N)
