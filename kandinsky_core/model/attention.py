@@ -24,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
     """Attend from every query to every key, or to the keys where `mask_BL` is True."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
-    if k_BANE.nbytes <= PACKED_KEY_BYTES or not k_BANE.is_cpu or traced():
+    if traced() or not k_BANE.is_cpu or k_BANE.nbytes <= PACKED_KEY_BYTES:  # while traced a size may be a symbol
         return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE, attn_mask=mask_B11L)
     # The CPU kernel repacks all keys and values it is given: by a few heads at a time the copies stay small.
     heads = max(1, q_BANE.shape[1] * PACKED_KEY_BYTES // k_BANE.nbytes)

@@ -215,7 +215,8 @@ def test_rotation_is_the_same_when_compiled(monkeypatch):
 
 
 @torch.no_grad()
-def test_block_traces_without_graph_breaks():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_block_traces_without_graph_breaks(dynamic):
     block = random_model().visual_transformer_blocks[0]
     x, text, time, rope = (
         torch.randn(1, 18, 64),
@@ -223,7 +224,7 @@ def test_block_traces_without_graph_breaks():
         torch.randn(1, 32),
         torch.randn(18, 16, 2),
     )
-    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=dynamic)
     assert close(compiled(x, text, time, rope), block(x, text, time, rope))
 
 
