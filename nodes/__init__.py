@@ -7,6 +7,7 @@ from .comfy_io import ComfyExtension, io
 
 def node_list() -> list[type[io.ComfyNode]]:
     """Return every node class, in the order of a workflow."""
+    from .attention import K5AttentionError, K5Nabla, K5NablaReport
     from .conditioning import K5EncodeText, K5ImageToVideo
     from .editing import K5ImageEdit
     from .loaders import K5LoadModel, K5LoadTextEncoder, K5LoadVAE
@@ -26,6 +27,9 @@ def node_list() -> list[type[io.ComfyNode]]:
         K5Sample,
         K5VAEEncode,
         K5VAEDecode,
+        K5Nabla,
+        K5NablaReport,
+        K5AttentionError,
     ]
 
 

@@ -43,9 +43,10 @@ from ..kandinsky_core.variants import (
     VAESpec,
     Variant,
 )
-from .host import KNOWN_EDIT
+from .host import KNOWN_EDIT, SPARSE_HINT
 from .preview import NANO_COLORS
 
+TOKEN_ORDER = "kandinsky5_token_order"  # key of the order in which the visual tokens run (`CrossDiT.forward`)
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -133,6 +134,7 @@ class HostedCrossDiT(CrossDiT):
             timestep,
             rope_scale=rope_scale_of(options, self.rope_at(rows, columns)),
             attend=HostAttend(options),
+            order_N=options.get(TOKEN_ORDER),
             on_block=lambda index, total: options.update(
                 block_index=index, total_blocks=total, block_type="double"
             ),
@@ -401,7 +403,5 @@ def report(identity: Identity, model: Any) -> str:
         f"Weights {base.get_dtype()}, computed in {base.get_dtype_inference()} on {model.load_device}.",
     ]
     if row.attention.kind == "nabla":
-        lines.append(
-            "Trained with block-sparse attention, computed dense here: slower, and close to the sparse result only."
-        )
+        lines.append(SPARSE_HINT)
     return "\n".join(lines)

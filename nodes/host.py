@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text import TextFeatures
 from ..kandinsky_core.text.tokens import CLIP_TOKENS
 from ..kandinsky_core.variants import Variant
@@ -39,6 +40,12 @@ DTYPES = (
 KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
 KNOWN_MASK = "concat_mask"  # [1,1,T,h,w]: 0 where known, 1 where generated
 KNOWN_EDIT = "concat_latent_image"  # raw latent [1,16,h,w] of the picture that an editing model changes
+
+
+SPARSE_HINT = (
+    "Trained with block-sparse attention: connect Kandinsky 5 NABLA Attention. Without it attention is dense, which "
+    "is slower and only close to what the weights were trained with."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,14 @@ class Host(ABC):
     def shift_of(self, model: Any) -> float | None:  # noqa: ARG002
         """Return the schedule shift another node set on this MODEL, None when the variant's preset holds."""
         return None
+
+    @abstractmethod
+    def with_attention(self, model: Any, run: AttentionRun) -> Any:
+        """Return a copy of MODEL whose visual self-attention is `run`'s; a run that was there before is replaced."""
+
+    @abstractmethod
+    def attention_of(self, model: Any) -> AttentionRun | None:
+        """Return the run that `with_attention` gave this MODEL or one it was copied from, None when there is none."""
 
     # -- work -------------------------------------------------------------------------------------------------
 

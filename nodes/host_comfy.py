@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError
+from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
-from . import comfy_clip, comfy_model, comfy_vae
+from . import comfy_attention, comfy_clip, comfy_model, comfy_vae
 from .files import is_model_folder
 from .host import KNOWN_FRAMES, EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
 
@@ -85,6 +86,14 @@ class ComfyHost(Host):
     def vae_facts(self, vae: Any) -> VAEFacts | None:
         """Return the kind of a VAE, ours or core's."""
         return comfy_vae.facts(vae)
+
+    def with_attention(self, model: Any, run: AttentionRun) -> Any:
+        """Return a clone that hands its visual self-attention over at sampling time."""
+        return comfy_attention.patched(model, run)
+
+    def attention_of(self, model: Any) -> AttentionRun | None:
+        """Return what a node before patched in."""
+        return comfy_attention.run_of(model)
 
     def sampler_names(self) -> list[str]:
         """Return core's samplers."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
+from ..kandinsky_core.model import dense
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
+from ..kandinsky_core.sparse.nabla import AttentionRun, options
 from ..kandinsky_core.text import load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.variants import Variant
@@ -29,6 +31,7 @@ from .files import is_model_folder
 from .host import (
     KNOWN_EDIT,
     KNOWN_FRAMES,
+    SPARSE_HINT,
     Conditioning,
     EncodedText,
     Host,
@@ -60,6 +63,7 @@ class ModelHandle:
     path: Path
     variant: Variant
     dtype: torch.dtype
+    attention: AttentionRun | None = field(default=None, compare=False)  # the weights are the same with and without
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +172,7 @@ class StandaloneHost(Host):
             f"Runs on {self.device} in {handle.dtype}."
         )
         if row.attention.kind != "full":
-            report += "\nThis variant was trained with block-sparse attention; here it runs dense, which is slower."
-            logger.info("%s: block-sparse attention is run dense", row.name)
+            report += f"\n{SPARSE_HINT}"
         return LoadedModel(handle, row, report)
 
     def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> TextHandle:
@@ -186,6 +189,14 @@ class StandaloneHost(Host):
     def variant_of(self, model: Any) -> Variant | None:
         """Return the table row of a MODEL handle."""
         return model.variant if isinstance(model, ModelHandle) else None
+
+    def with_attention(self, model: ModelHandle, run: AttentionRun) -> ModelHandle:
+        """Return a handle of the same weights with another attention."""
+        return replace(model, attention=run)
+
+    def attention_of(self, model: Any) -> AttentionRun | None:
+        """Return the attention of a handle."""
+        return model.attention if isinstance(model, ModelHandle) else None
 
     def vae_facts(self, vae: Any) -> VAEFacts | None:
         """Return the kind of a VAE handle."""
@@ -275,11 +286,19 @@ class StandaloneHost(Host):
         self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known,
         rope_scale: tuple[float, float, float],
     ) -> Any:  # fmt: skip
+        run, blocks = model.attention, model.variant.spec.num_visual_blocks
+
+        def attention(token_thw: tuple[int, int, int], t: Tensor) -> dict[str, object]:
+            return options(run.forward(token_thw, blocks, float(t), self.device), blocks, dense)
+
         def velocity(conditioning: Conditioning) -> Any:
             return velocity_of(
-                transformer, _text(conditioning), dtype=model.dtype, rope_scale=rope_scale, known=known
-            )
+                transformer, _text(conditioning), dtype=model.dtype, rope_scale=rope_scale, known=known,
+                options_at=None if run is None else attention,
+            )  # fmt: skip
 
+        if run is not None:
+            run.begin(request.sigmas.tolist())
         null = None if request.negative is None else velocity(request.negative)
         return guide(velocity(request.positive), null, request.guidance)
 

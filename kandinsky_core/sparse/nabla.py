@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,40 @@ MIN_TOK = 4096  # below this the selection costs about what it saves
 GROUP_BYTES = 1 << 28  # float32 scores of the heads whose block lists exist at the same time
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class AttentionForward(Protocol):
+    """Visual self-attention of one network evaluation."""
+
+    tiles: Tiles
+
+    def attend(
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True
+    ) -> Tensor:
+        """Attend in visual block `block`; `is_ordered` False: tokens come, and the result goes, in raster order."""
+        ...
+
+
+class AttentionRun(Protocol):
+    """What a host asks for the attention of a sampling run: NABLA, or a measurement of it."""
+
+    def begin(self, sigmas: Sequence[float]) -> None:
+        """Start a run over these flow times, falling from 1 to 0."""
+        ...
+
+    def forward(
+        self, token_thw: tuple[int, int, int], blocks: int, sigma: float, device: torch.device
+    ) -> AttentionForward | None:
+        """Prepare one evaluation of a network of `blocks` visual blocks; None when all of it is to be dense."""
+        ...
+
+
+def options(forward: AttentionForward | None, blocks: int, dense: Attend) -> dict[str, object]:
+    """Return what `CrossDiT.forward` is given for one evaluation: the token order and one attention a block."""
+    if forward is None:
+        return {}
+    attends = [partial(forward.attend, block=block, dense=dense) for block in range(blocks)]
+    return {"order_N": forward.tiles.order_N, "attend": attends}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +154,6 @@ class Nabla:
         return Forward(self, tiles, window_KK, attention.P, blocks, step)
 
 
-    def options(
-        self, token_thw: tuple[int, int, int], blocks: int, sigma: float, device: torch.device, dense: Attend
-    ) -> dict[str, object]:
-        """Return what `CrossDiT.forward` is given for one evaluation: the token order and one attention a block."""
-        forward = self.forward(token_thw, blocks, sigma, device)
-        return {} if forward is None else {"order_N": forward.tiles.order_N, "attend": forward.per_block(dense)}
-
-
 @dataclass(frozen=True)
 class Forward:
     """Attention of one network evaluation."""
@@ -137,10 +164,6 @@ class Forward:
     mass: float
     blocks: int
     step: int
-
-    def per_block(self, dense: Attend) -> list[Attend]:
-        """Return one attention a visual block, for tokens in tile order."""
-        return [partial(self.attend, block=block, dense=dense) for block in range(self.blocks)]
 
     def attend(
         self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True
@@ -178,6 +201,6 @@ class Forward:
             layout = select(
                 q_BANE, k_BANE, self.tiles, self.mass, self.window_KK, exact=self.nabla.settings.exact
             )
-        self.nabla.record.add(self.step, block, layout)
+        self.nabla.record.add(self.step, block, layout, q_BANE.shape[-1])
         out_BANE = self.nabla.kernels.attend(q_BANE, k_BANE, v_BANE, layout)
         return out_BANE if is_ordered else out_BANE.index_select(2, self.tiles.inverse_N)

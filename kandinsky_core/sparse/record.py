@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..variants import FULL, Attention
 from .layout import BlockLayout
-from .tiles import Tiles
+from .tiles import BLOCK_TOK, Tiles
+
+FLOPS_PER_PAIR = 4 * BLOCK_TOK**2  # of a pair of blocks, per channel of a head: two products, multiply and add
 
 
 @dataclass(slots=True)
@@ -19,6 +21,7 @@ class Record:
     blocks: int = 0  # visual blocks of the network
     token_thw: tuple[int, int, int] | None = None
     attention: Attention = FULL
+    head_dim: int = 0
     example: Example | None = None
     _sums: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # kept pairs, all pairs
 
@@ -26,13 +29,26 @@ class Record:
         """Note the size and the policy of a network evaluation."""
         self.token_thw, self.blocks, self.attention = token_thw, blocks, attention
 
-    def add(self, step: int, block: int, layout: BlockLayout) -> None:
+    def add(self, step: int, block: int, layout: BlockLayout, head_dim: int) -> None:
         """Count a layout in; the middle block's first head is kept as an example."""
         kept, pairs = self._sums.get((step, block), (0, 0))
         new = len(layout.counts_R) * layout.tiles.blocks
         self._sums[step, block] = (kept + len(layout.columns_M), pairs + new)
+        self.head_dim = head_dim
         if block == self.blocks // 2:
             self.example = Example.of(step, block, layout)
+
+    @property
+    def grid(self) -> list[list[float | None]]:
+        """Return the kept share by step, then layer; None where attention was dense."""
+        kept = self.kept
+        steps = max(self.steps, 1 + max((step for step, _ in kept), default=-1))
+        return [[kept.get((step, block)) for block in range(self.blocks)] for step in range(steps)]
+
+    @property
+    def flops_saved(self) -> int:
+        """Return the floating-point operations of the attention that was skipped (its two matrix products)."""
+        return FLOPS_PER_PAIR * self.head_dim * sum(pairs - kept for kept, pairs in self._sums.values())
 
     @property
     def kept(self) -> dict[tuple[int, int], float]:
@@ -40,9 +56,10 @@ class Record:
         return {place: kept / pairs for place, (kept, pairs) in sorted(self._sums.items())}
 
     @property
-    def tiles(self) -> Tiles | None:
-        """Return the grid of the last evaluation."""
-        return None if self.token_thw is None else Tiles(self.token_thw)
+    def mean_kept(self) -> float:
+        """Return the kept share of all block pairs in steps and layers that were not dense."""
+        sums = self._sums.values()
+        return sum(kept for kept, _ in sums) / sum(pairs for _, pairs in sums)
 
 
 @dataclass(frozen=True, slots=True)

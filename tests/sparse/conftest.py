@@ -30,10 +30,8 @@ def problem(
     """Return a random problem whose tensors are strided as the model's projections leave them."""
     tiles = Tiles(grid)
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(batch, tiles.tokens, heads, width, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
-        for _ in range(3)
-    )
+    shape = (3, batch, tiles.tokens, heads, width)
+    q, k, v = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).transpose(2, 3)
     live = torch.rand(batch, heads, tiles.blocks, tiles.blocks, generator=generator) < kept
     live[..., torch.arange(tiles.blocks), torch.randint(tiles.blocks, (tiles.blocks,), generator=generator)] = True
     return Problem(q, k, v, from_live(tiles, live))

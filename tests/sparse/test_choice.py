@@ -116,7 +116,7 @@ print(kernels.left["flex"])
     ids=["no compiler", "compiling switched off"],
 )
 def test_flex_without_a_compiler_is_left(tmp_path, broken, reason):
-    """Compilers are looked for once a process. Switched off, torch runs FlexAttention eagerly: it computes everything."""
+    """Compilers are looked for once a process. Switched off, torch runs FlexAttention eagerly: on all blocks."""
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | broken
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]

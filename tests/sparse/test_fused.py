@@ -87,6 +87,13 @@ def check_any_strides():
     assert_right(fused.attend(q, k, v, case.layout), case)
 
 
+@pytest.mark.parametrize("grid", [(1, 16, 24), (1, 13, 11)], ids=str)
+def check_nothing_beside_a_head_is_read(grid):
+    case = problem(grid, width=24)
+    q, k, v = (F.pad(x, (0, 8, 0, 64), value=torch.nan)[:, :, : x.shape[2], :24] for x in case.tensors())
+    assert_right(fused.attend(q, k, v, case.layout), case)
+
+
 def check_all_blocks_live_is_dense():
     case = problem((1, 24, 16), kept=1.0, width=32)
     out = fused.attend(*case.tensors(), case.layout)

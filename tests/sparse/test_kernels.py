@@ -86,7 +86,8 @@ def test_gradients_numerically():
 
 def test_16_bit_gradients_are_added_up_wide():
     case = problem((2, 32, 32), heads=1, kept=1.0)
-    ours, theirs = ([x.to(kind).detach().requires_grad_() for x in case.tensors()] for kind in (torch.bfloat16, torch.float32))
+    kinds = (torch.bfloat16, torch.float32)
+    ours, theirs = ([x.to(kind).detach().requires_grad_() for x in case.tensors()] for kind in kinds)
     with_gradient(blockwise.attend, *ours, case.layout).float().sum().backward()
     masked(*theirs, case.layout).sum().backward()
     assert ours[2].grad.dtype == torch.bfloat16

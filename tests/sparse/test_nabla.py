@@ -40,17 +40,18 @@ def given(grid: tuple[int, int, int], batch: int = 1, dtype: torch.dtype = torch
 
 
 def options(run: Nabla, grid: tuple[int, int, int], sigma: float = 1.0) -> dict:
-    return run.options(grid, SPEC.num_visual_blocks, sigma, CPU, dense)
+    return nabla.options(run.forward(grid, SPEC.num_visual_blocks, sigma, CPU), SPEC.num_visual_blocks, dense)
 
 
 def by_mask(run: Nabla, grid: tuple[int, int, int]) -> dict:
     """Return the same attention computed densely under each block's mask."""
+    forward = run.forward(grid, 3, 1.0, CPU)
 
-    def attend(q, k, v, forward=run.forward(grid, 3, 1.0, CPU)):
+    def attend(q, k, v):
         layout = nabla.select(q.detach(), k.detach(), forward.tiles, forward.mass, forward.window_KK)
         return masked(q, k, v, layout).to(q.dtype)
 
-    return {"order_N": run.forward(grid, 3, 1.0, CPU).tiles.order_N, "attend": attend}
+    return {"order_N": forward.tiles.order_N, "attend": attend}
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from comfyui_kandinsky5.kandinsky_core.sparse.tiles import BLOCK_TOK, SIDE, Tiles
 from comfyui_kandinsky5.kandinsky_core.sparse.window import sliding_window
@@ -52,7 +54,7 @@ def test_padding_comes_off_again_and_means_ignore_it(grid):
 @given(GRIDS, st.tuples(*[st.integers(0, 6)] * 3))
 def test_window(grid, window):
     tiles = Tiles(grid)
-    places = [(f, a, b) for f in range(tiles.blocks_thw[0]) for a in range(tiles.blocks_thw[1]) for b in range(tiles.blocks_thw[2])]
+    places = list(product(*map(range, tiles.blocks_thw)))
     mask = sliding_window(tiles, window)
     assert mask.shape == (tiles.blocks, tiles.blocks)
     for query, key in ((0, tiles.blocks - 1), (tiles.blocks // 2, 0), (tiles.blocks // 3, tiles.blocks // 2)):
