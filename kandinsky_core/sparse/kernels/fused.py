@@ -24,7 +24,7 @@ from ..layout import BlockLayout, starts
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 128
 MAX_BLOCKS = 8192  # what a program's registers hold of one row
-PAIRED_BLOCKS = 1 << 21  # places of the block mask looked at together, at up to 30 bytes each
+PAIRED_BLOCKS = 1 << 22  # places of the block mask looked at together: 8 bytes each, 30 where all are kept
 
 
 def attend(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:
