@@ -1,4 +1,4 @@
-"""The command line: `kandinsky5 run | generate | nodes | variants`.
+"""The command line: `kandinsky5 run | generate | attention-error | nodes | variants`.
 
 Exit codes: 0 done; 1 a node failed while running; 2 the command, the workflow or a value was refused and nothing ran;
 130 cancelled with Ctrl-C.
@@ -57,31 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     generate = commands.add_parser("generate", help="make a clip or picture from a prompt")
-    generate.add_argument("--prompt", required=True, help="what to show")
-    generate.add_argument("--negative", help="what to avoid (default: as released)")
-    generate.add_argument("--image", type=Path, help="picture that a clip begins with, or that is edited")
-    generate.add_argument(
-        "--model", default="nano",
-        help="'nano', 'nano-image' or 'nano-edit' (built in), a path, or a name in the models folder",
+    measure = commands.add_parser(
+        "attention-error", help="measure how far block-sparse attention (NABLA) is from dense for one prompt"
+    )
+    for command, result in ((generate, None), (measure, "K5AttentionError")):
+        _add_wish(command)
+        command.set_defaults(command=_generate, result=result)
+    measure.add_argument(
+        "--P", default="0.95, 0.9, 0.8, 0.7", dest="masses", metavar="P, P, …",
+        help="shares of the attention to keep (default: %(default)s)",
     )  # fmt: skip
-    generate.add_argument("--text-encoder", help="Qwen2.5-VL: path or name")
-    generate.add_argument("--clip", help="CLIP ViT-L/14: path or name")
-    generate.add_argument("--vae", help="autoencoder: path or name")
-    generate.add_argument("--variant", help="which published model the weights are (default: recognised)")
-    generate.add_argument("--dtype", default="auto", help="precision of the weights: auto, bf16, fp16, fp32")
-    for name, kind, text in (
-        ("width", int, "pixels, a multiple of 16"),
-        ("height", int, "pixels, a multiple of 16"),
-        ("frames", int, "4n+1; 1 makes a picture"),
-        ("steps", int, "sampling steps"),
-        ("guidance", float, "how strongly the prompt counts"),
-        ("shift", float, "share of steps spent on the composition"),
-    ):
-        generate.add_argument(f"--{name}", type=kind, help=f"{text} (default: as released)")
-    generate.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
-    generate.set_defaults(command=_generate)
+    measure.add_argument(
+        "--window", type=int, nargs=3, default=(11, 3, 3), metavar=("T", "H", "W"),
+        help="sliding window in latent frames, tile rows, tile columns (default: 11 3 3)",
+    )  # fmt: skip
 
-    for command in (run, generate):
+    for command in (run, generate, measure):
         command.add_argument("--out", type=Path, default=Path("output"), help="folder for results (default: output)")
         command.add_argument("--device", help="device to compute on (default: the accelerator if there is one)")
         command.add_argument("--quiet", action="store_true", help="no progress, only the files written")
@@ -90,15 +81,41 @@ def _parser() -> argparse.ArgumentParser:
     nodes.set_defaults(command=_nodes)
     variants = commands.add_parser("variants", help="list the known models and their settings")
     variants.set_defaults(command=_variants)
-    for command in (run, generate, nodes):
+    for command in (run, generate, measure, nodes):
         command.add_argument(
             "--models", type=Path,
             help="models folder in ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models)",
         )  # fmt: skip
-    for command in (run, generate, nodes, variants):
+    for command in (run, generate, measure, nodes, variants):
         command.add_argument("--json", action="store_true", help="write one JSON object to standard output")
         command.add_argument("--verbose", action="store_true", help="write the log to standard error")
     return parser
+
+
+def _add_wish(command: argparse.ArgumentParser) -> None:
+    """Add the options that `Wish` reads."""
+    command.add_argument("--prompt", required=True, help="what to show")
+    command.add_argument("--negative", help="what to avoid (default: as released)")
+    command.add_argument("--image", type=Path, help="picture that a clip begins with, or that is edited")
+    command.add_argument(
+        "--model", default="nano",
+        help="'nano', 'nano-image' or 'nano-edit' (built in), a path, or a name in the models folder",
+    )  # fmt: skip
+    command.add_argument("--text-encoder", help="Qwen2.5-VL: path or name")
+    command.add_argument("--clip", help="CLIP ViT-L/14: path or name")
+    command.add_argument("--vae", help="autoencoder: path or name")
+    command.add_argument("--variant", help="which published model the weights are (default: recognised)")
+    command.add_argument("--dtype", default="auto", help="precision of the weights: auto, bf16, fp16, fp32")
+    for name, kind, text in (
+        ("width", int, "pixels, a multiple of 16"),
+        ("height", int, "pixels, a multiple of 16"),
+        ("frames", int, "4n+1; 1 makes a picture"),
+        ("steps", int, "sampling steps"),
+        ("guidance", float, "how strongly the prompt counts"),
+        ("shift", float, "share of steps spent on the composition"),
+    ):
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: as released)")
+    command.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -118,8 +135,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from .generate import Wish, build
 
     host, _ = _prepare(arguments)
-    graph = build(Wish(**{field.name: getattr(arguments, field.name) for field in fields(Wish)}), host)
-    return _execute(arguments, graph, node_types(), host, None)  # read again: the wish may have added files
+    given = {field.name: getattr(arguments, field.name) for field in fields(Wish) if field.name in arguments}
+    graph = build(Wish(**given), host)
+    # Types are read again: the wish may have added files.
+    return _execute(arguments, graph, node_types(), host, None, arguments.result)
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -143,7 +162,10 @@ def node_types() -> Any:
     return catalogue([*node_list(), *core_nodes()])
 
 
-def _execute(arguments: argparse.Namespace, graph: Any, types: Any, host: Any, document: Any) -> int:
+def _execute(
+    arguments: argparse.Namespace, graph: Any, types: Any, host: Any, document: Any, result_type: str | None = None
+) -> int:
+    """Run a graph and write what it saved, or the report of the node of type `result_type`."""
     from .progress import ProgressLine
     from .run import run
 
@@ -162,8 +184,10 @@ def _execute(arguments: argparse.Namespace, graph: Any, types: Any, host: Any, d
             "reports": result.reports, "timings_s": {name: round(value, 3) for name, value in result.seconds.items()},
         })  # fmt: skip
         return OK
-    if not arguments.quiet:
-        for name, report in result.reports.items():
+    for name, report in result.reports.items():
+        if graph[name].type == result_type:
+            sys.stdout.write(f"{report}\n")
+        elif not arguments.quiet:
             sys.stderr.write(f"{graph[name]}: {report}\n")
     for file in result.files:
         sys.stdout.write(f"{file['path']}\n")

@@ -49,6 +49,8 @@ class Wish:
     guidance: float | None = None
     shift: float | None = None
     seed: int = 0
+    masses: str | None = None  # measure NABLA with these shares P instead of making a clip
+    window: tuple[int, int, int] = (11, 3, 3)
 
 
 def build(wish: Wish, host: StandaloneHost) -> Graph:
@@ -115,20 +117,16 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
                 **size,
             )
             latent = Link(start, 2)
-    sampled = add(
-        "K5Sample",
-        model=Link(loaded, 0),
-        positive=Link(start, 0),
-        negative=Link(start, 1),
-        latent=latent,
-        seed=wish.seed,
-        steps=wish.steps or 0,
-        cfg=-1.0 if wish.guidance is None else wish.guidance,
-        shift=wish.shift or 0.0,
-        sampler_name="euler",
-        first_frame="auto",
-        denoise=1.0,
-    )
+    sampling: dict[str, Any] = {
+        "model": Link(loaded, 0), "positive": Link(start, 0), "negative": Link(start, 1), "latent": latent,
+        "seed": wish.seed, "steps": wish.steps or 0, "cfg": -1.0 if wish.guidance is None else wish.guidance,
+        "shift": wish.shift or 0.0,
+    }  # fmt: skip
+    if wish.masses is not None:
+        t, h, w = wish.window
+        add("K5AttentionError", **sampling, P_values=wish.masses, wT=t, wH=h, wW=w)
+        return graph
+    sampled = add("K5Sample", **sampling, sampler_name="euler", first_frame="auto", denoise=1.0)
     decoded = add("K5VAEDecode", vae=Link(autoencoder, 0), latent=Link(sampled, 0))
     if size["length"] == 1:
         add("SaveImage", images=Link(decoded, 0), filename_prefix="kandinsky5")

@@ -62,10 +62,14 @@ class K5Nabla(io.ComfyNode):
                     tooltip="'auto': the first that works here. torch needs no compiler; flex compiles; spargeattn "
                     "rounds to 8 bits. One that fails is left for the rest of the run, and the log says so.",
                 ),
-                io.Int.Input("dense_first_steps", default=0, min=0, max=1000, advanced=True),
-                io.Int.Input("dense_last_steps", default=0, min=0, max=1000, advanced=True),
-                io.Int.Input("dense_first_blocks", default=0, min=0, max=1000, advanced=True),
-                io.Int.Input("dense_last_blocks", default=0, min=0, max=1000, advanced=True),
+                *(
+                    io.Int.Input(
+                        f"dense_{which}_{kind}", default=0, min=0, max=1000, advanced=True,
+                        tooltip=f"How many of the {which} {name} stay dense.",
+                    )  # fmt: skip
+                    for kind, name in (("steps", "steps"), ("blocks", "layers"))
+                    for which in ("first", "last")
+                ),
                 io.Int.Input(
                     "min_tokens",
                     default=MIN_TOK,
@@ -158,16 +162,32 @@ class K5AttentionError(io.ComfyNode):
                 io.Int.Input("wT", default=11, min=0, max=999, tooltip=_WINDOW_TIP.format("latent frames", 11)),
                 io.Int.Input("wH", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
                 io.Int.Input("wW", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Noise of all runs.",
+                ),  # fmt: skip
                 io.Int.Input("steps", default=0, min=0, max=1000, tooltip="0: as released."),
-                io.Float.Input("cfg", default=-1.0, min=-1.0, max=100.0, step=0.1, round=0.01),
-                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Float.Input(
+                    "cfg", default=-1.0, min=-1.0, max=100.0, step=0.1, round=0.01, tooltip="-1: as released."
+                ),
+                io.Float.Input(
+                    "shift", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="0: as released."
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report"),
                 io.Latent.Output(display_name="dense", tooltip="The latent of the dense run."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, P_values: str | None) -> bool | str:
+        """Refuse what is no list of shares before anything runs."""
+        try:
+            _masses(P_values or "1")  # None: a link will bring it
+        except KandinskyError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -211,7 +231,7 @@ def _plan(settings: NablaSettings, row: Variant) -> str:
     """Say what the settings will do."""
     if settings.mode == "off":
         return "Attention is dense."
-    dense = f"Dense below {settings.min_tok:,} tokens." if settings.min_tok else ""
+    dense = f" Dense below {settings.min_tok:,} tokens." if settings.min_tok else ""
     if settings.mode == AUTO:
         policy = row.attention
         as_trained = (
@@ -219,11 +239,11 @@ def _plan(settings: NablaSettings, row: Variant) -> str:
             if policy.kind == "nabla"
             else "dense at its usual size; the size sampled decides"
         )
-        return f"{row.title}: {as_trained}. {dense}".strip()
+        return f"{row.title}: {as_trained}.{dense}"
     window = "/".join(map(str, settings.window_thw))
     sizes = "" if row.attention.kind == "nabla" else " These weights were trained with dense attention."
     return (
-        f"NABLA with P {settings.mass:g}, window {window}. {dense}{sizes} Sizes that are multiples of "
+        f"NABLA with P {settings.mass:g}, window {window}.{dense}{sizes} Sizes that are multiples of "
         f"{NABLA_MULTIPLE_PX} px are the trained ones; others work, with smaller blocks at the edges."
     )
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..kandinsky_core.errors import KandinskyError, ShapeError
 from ..kandinsky_core.sampling import Known, keep_known, normalise_first_frames, timesteps
 from ..kandinsky_core.sampling.conditioning import NORM_FRAMES
+from ..kandinsky_core.sparse.nabla import Nabla
+from ..kandinsky_core.sparse.report import summary
 from ..kandinsky_core.variants import Variant
 from .comfy_io import io
 from .conditioning import with_values
@@ -163,6 +165,7 @@ class K5Sample(io.ComfyNode):
             _report(row, settings, sampler_name, seed),
             _start_report(samples, known, normalises),
             "edits the given picture" if KNOWN_EDIT in positive[0][1] else "",
+            _attention_report(model),
             host().variant_note(model),
         )
         return io.NodeOutput({**latent, "samples": samples}, "\n".join(filter(None, report)))
@@ -272,6 +275,11 @@ def _report(row: Variant, settings: Settings, sampler_name: str, seed: int) -> s
         f"{sampler_name}, seed {seed}"
     )
     return line + (f", denoise {settings.denoise:g}" if settings.denoise < 1 else "")
+
+
+def _attention_report(model: Any) -> str:
+    run = host().attention_of(model)
+    return summary(run).partition("\n")[0] if isinstance(run, Nabla) else ""
 
 
 def _start_report(samples_BCTHW: Tensor, known_BCTHW: Tensor | None, normalises: bool) -> str:

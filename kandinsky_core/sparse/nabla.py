@@ -199,8 +199,9 @@ class Forward:
             q_BANE, k_BANE, v_BANE = (x.index_select(2, self.tiles.order_N) for x in (q_BANE, k_BANE, v_BANE))
         with torch.no_grad():
             layout = select(
-                q_BANE, k_BANE, self.tiles, self.mass, self.window_KK, exact=self.nabla.settings.exact
-            )
+                q_BANE, k_BANE, self.tiles, self.mass, self.window_KK, exact=self.nabla.settings.exact,
+                find=self.nabla.kernels.threshold,
+            )  # fmt: skip
         self.nabla.record.add(self.step, block, layout, q_BANE.shape[-1])
         out_BANE = self.nabla.kernels.attend(q_BANE, k_BANE, v_BANE, layout)
         return out_BANE if is_ordered else out_BANE.index_select(2, self.tiles.inverse_N)

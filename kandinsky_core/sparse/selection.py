@@ -9,6 +9,7 @@ Shapes: B batch, A heads, N visual tokens, E head width, K blocks, R = B*A heads
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,26 @@ DEVICE_CHUNK_BYTES = 1 << 26
 ROUNDS = 16  # of the threshold search: less than one entry in ten thousand falls on the wrong side
 STEP = 0.01  # the least share of its bracket that a round of the search moves
 
+FindThreshold = Callable[[Tensor, float], Tensor]
+
 
 def select(
-    q_BANE: Tensor, k_BANE: Tensor, tiles: Tiles, mass: float, window_KK: Tensor, *, exact: bool = False
-) -> BlockLayout:
+    q_BANE: Tensor, k_BANE: Tensor, tiles: Tiles, mass: float, window_KK: Tensor, *, exact: bool = False,
+    find: FindThreshold | None = None,
+) -> BlockLayout:  # fmt: skip
     """Return the blocks that queries attend to; `q_BANE`, `k_BANE` in tile order, `mass` is P in 0…1.
 
     `window_KK` is what `sliding_window` gives. `exact` follows the published recipe to the bit, sorts included, at
     many times the memory; without it a row's threshold is found by a search, and an entry at the edge may fall to the
-    other side.
+    other side. `find` takes the place of `threshold`.
     """
     if exact:
         return from_live(tiles, published(q_BANE, k_BANE, tiles, mass) | window_KK)
-    return select_from_means(tiles.mean(q_BANE), tiles.mean(k_BANE), tiles, mass, window_KK)
+    return select_from_means(tiles.mean(q_BANE), tiles.mean(k_BANE), tiles, mass, window_KK, find or threshold)
 
 
 def select_from_means(
-    q_BAKE: Tensor, k_BAKE: Tensor, tiles: Tiles, mass: float, window_KK: Tensor
+    q_BAKE: Tensor, k_BAKE: Tensor, tiles: Tiles, mass: float, window_KK: Tensor, find: FindThreshold
 ) -> BlockLayout:
     """Do what `select` does from the float32 block means, some rows at a time."""
     batch, heads, blocks, width = q_BAKE.shape
@@ -52,7 +56,7 @@ def select_from_means(
     for q_part, k_part in zip(q_RKE.split(together), k_RKE.split(together), strict=True):
         for q_chunk, window_CK in zip(q_part.split(rows, dim=1), window_KK.split(rows), strict=True):
             weight_RCK = torch.softmax(q_chunk @ k_part.mT, -1)
-            keep_RCK = weight_RCK > threshold(weight_RCK, 1 - mass) if mass < 1 else torch.ones_like(weight_RCK) > 0
+            keep_RCK = weight_RCK > find(weight_RCK, 1 - mass) if mass < 1 else torch.ones_like(weight_RCK) > 0
             keep_RCK |= window_CK
             counts.append(keep_RCK.sum(-1).flatten())
             columns.append(index_K.expand_as(keep_RCK).masked_select(keep_RCK))

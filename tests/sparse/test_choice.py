@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core.errors import BackendUnavailable
+from comfyui_kandinsky5.kandinsky_core.sparse import selection
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels import blockwise, choice, trial
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels.choice import NAMES, Kernels
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels.trial import masked, relative_error
@@ -42,7 +43,7 @@ def replaced(monkeypatch, name: str, kernel) -> None:
 
 
 def failing(error: Exception):
-    def kernel(q, k, v, layout):
+    def kernel(*_):
         raise error
 
     return kernel
@@ -155,6 +156,23 @@ def test_candidates_by_dtype_and_size():
     assert Kernels("triton").candidates(small) == ["triton", "torch"]
     assert Kernels().candidates(long.to("meta")) == ["triton", "flex", "torch"]
     assert Kernels("dense").candidates(long) == []
+
+
+@pytest.mark.parametrize("broken", [failing, lambda error: lambda weight, dropped: weight[..., :1] * 0 - 1])
+def test_a_failing_selection_is_left(monkeypatch, caplog, broken):
+    """Run on a processor: the class thinks it is a GPU's tensor."""
+    monkeypatch.setattr(choice.fused, "threshold", broken(RuntimeError("no driver")))
+    weight = torch.rand(1, 8, 50).softmax(-1).as_subclass(ElsewhereTensor)
+    kernels = Kernels()
+    for _ in range(2):
+        found = kernels.threshold(weight, 0.3)
+    assert torch.equal(found.as_subclass(torch.Tensor), selection.threshold(weight.as_subclass(torch.Tensor), 0.3))
+    [line] = warnings(caplog)
+    assert "plain torch operations" in line and ("no driver" in line or "wrong results" in line)
+
+
+class ElsewhereTensor(torch.Tensor):
+    is_cpu = False
 
 
 def test_unknown_kernel():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from .. import selection
 from ..layout import BlockLayout
 from . import blockwise, flex, fused, sparge, trial
 from .gradient import Kernel, with_gradient
@@ -20,6 +21,7 @@ from .gradient import Kernel, with_gradient
 logger = logging.getLogger("kandinsky5")
 
 AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE = "auto", "triton", "flex", "torch", "spargeattn", "dense"
+THRESHOLD = "triton selection"  # in the list of what was left
 NAMES = (AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE)
 COMPILE_TOK = 16_384  # on a CPU a compilation (half a minute and more) pays from about here, and in 16 bits only
 FAILURES = (RuntimeError, ImportError, BackendUnavailable)  # compilers and allocators raise kinds of RuntimeError
@@ -56,6 +58,20 @@ class Kernels:
         self.used[DENSE] += 1
         return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE)
 
+    def threshold(self, weight_RCK: Tensor, dropped: float) -> Tensor:
+        """Do what `selection.threshold` does, on a GPU in one pass over the weights where Triton works."""
+        if self.wanted in (AUTO, TRITON) and not weight_RCK.is_cpu and THRESHOLD not in self.left:
+            try:
+                trial.check_threshold(fused.threshold, weight_RCK.device)
+                return fused.threshold(weight_RCK, dropped)
+            except FAILURES as error:
+                self.left[THRESHOLD] = _reason(error)
+                logger.warning(
+                    "NABLA: plain torch operations select blocks for the rest of this run, which is slower (%s)",
+                    self.left[THRESHOLD],
+                )
+        return selection.threshold(weight_RCK, dropped)
+
     def candidates(self, q_BANE: Tensor) -> list[str]:
         """Return the kernels to try for such a tensor, best first."""
         if self.wanted == DENSE:
@@ -70,8 +86,7 @@ class Kernels:
         return [name for name in dict.fromkeys((*named, *found)) if name not in self.left]
 
     def _leave(self, name: str, error: Exception, q_BANE: Tensor) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        self.left[name] = reason
+        self.left[name] = reason = _reason(error)
         rest = self.candidates(q_BANE)
         logger.warning(
             "NABLA: the %s kernel is left for the rest of this run (%s). %s",
@@ -81,6 +96,10 @@ class Kernels:
             if rest
             else "No block-sparse kernel is left: attention is computed in full, which is slower and skips nothing.",
         )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}"
 
 
 _KERNELS: dict[str, Kernel] = {

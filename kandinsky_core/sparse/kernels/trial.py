@@ -5,6 +5,7 @@ Shapes: B batch, A heads, N visual tokens, E head width, K blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -44,6 +45,18 @@ def _checked(
     limit = LIMITS[dtype] if limit is None else limit
     if not error <= limit:  # NaN is an error, too
         raise BackendUnavailable(f"wrong results: off by {error:.2g} of the right ones, at most {limit:g} is allowed")
+
+
+@cache
+def check_threshold(find: Callable[[Tensor, float], Tensor], device: torch.device) -> None:
+    """Raise `BackendUnavailable` if `find` keeps other entries than a sort would, on rows of random weights."""
+    weight_RCK = torch.softmax(torch.randn(1, 32, 97, generator=torch.Generator().manual_seed(0)) * 2, -1)
+    sorted_RCK, places_RCK = weight_RCK.sort(-1)
+    right = torch.zeros_like(weight_RCK, dtype=torch.bool).scatter(-1, places_RCK, sorted_RCK.cumsum(-1) >= 0.2)
+    weight_RCK = weight_RCK.to(device)
+    wrong = int(((weight_RCK > find(weight_RCK, 0.2)).cpu() != right).sum())
+    if wrong > 3:  # sums round differently
+        raise BackendUnavailable(f"wrong results: {wrong} of {right.numel()} blocks chosen differently")
 
 
 def masked(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:

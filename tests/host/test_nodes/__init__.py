@@ -66,13 +66,17 @@ class K5TestWatch(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="K5TestWatch",
-            inputs=[io.Model.Input("model")],
+            inputs=[
+                io.Model.Input("model"),
+                # Core's own Kandinsky 5 calls a replaced block with arguments that it does not have.
+                io.Boolean.Input("blocks", default=True, optional=True),
+            ],
             outputs=[io.Model.Output()],
             not_idempotent=True,
         )
 
     @classmethod
-    def execute(cls, model: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, blocks: bool = True) -> io.NodeOutput:
         SEEN.clear()
         model = model.clone()
 
@@ -95,12 +99,13 @@ class K5TestWatch(io.ComfyNode):
         def attention(original: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
             options = kwargs["transformer_options"]
             SEEN.append(
-                {"attention": options["block_index"], "of": options["total_blocks"], "heads": q.shape[1]}
+                {"attention": options.get("block_index"), "of": options.get("total_blocks"), "heads": q.shape[1]}
             )
             return original(q, k, v, *args, **kwargs)
 
         model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "k5_test", wrapper)
-        model.set_model_patch_replace(block, "dit", "double_block", 1)
+        if blocks:
+            model.set_model_patch_replace(block, "dit", "double_block", 1)
         model.model_options["transformer_options"]["optimized_attention_override"] = attention
         return io.NodeOutput(model)
 
