@@ -52,9 +52,44 @@ def peak_live_bytes(run: Run) -> int:
     return peak
 
 
-def machine() -> dict[str, Any]:
-    """Return what a reader needs to judge the figures: processor, threads, versions."""
-    return {
+def device_seconds(runs: Mapping[str, Run], device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Return the least seconds of each run: processor time on a processor, else the time until a device is done.
+
+    The runs take turns. A device gets three turns to warm up.
+    """
+    if device.type == "cpu":
+        return cpu_seconds(runs, repeats)
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(3 + repeats):
+        for name, run in runs.items():
+            torch.accelerator.synchronize(device)
+            start = time.perf_counter()
+            run()
+            torch.accelerator.synchronize(device)
+            if turn >= 3:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Return the most bytes a run needs at once beyond what was there before, on any device."""
+    if device.type == "cpu":
+        return peak_live_bytes(run)
+    memory = torch.get_device_module(device)
+    memory.synchronize(device)
+    memory.reset_peak_memory_stats(device)
+    before = memory.memory_allocated(device)
+    run()
+    memory.synchronize(device)
+    return memory.max_memory_allocated(device) - before
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what a reader needs to judge the figures: processor or device, threads, versions."""
+    on_device = {}
+    if device is not None and device.type != "cpu":
+        on_device = {"device": torch.get_device_module(device).get_device_name(device)}
+    return on_device | {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),

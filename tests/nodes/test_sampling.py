@@ -31,6 +31,9 @@ class Recorder:
     def shift_of(self, _model):
         return self.shift
 
+    def attention_of(self, _model):
+        return None
+
     def sample(self, _model, request):
         self.request = request
         out = torch.randn(request.latent["samples"].shape, generator=torch.Generator().manual_seed(3))
