@@ -24,7 +24,7 @@ TILES = {"BLOCK_M": BLOCK_TOK, "BLOCK_N": BLOCK_TOK}
 
 def attend(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:
     """Return attention of tile-ordered `q_BANE`, `k_BANE`, `v_BANE` over the kept blocks only."""
-    q, k, v = (layout.tiles.pad(x).contiguous() for x in (q_BANE, k_BANE, v_BANE))
+    q, k, v = (layout.tiles.pad(x) for x in (q_BANE, k_BANE, v_BANE))
     options = {} if q.is_cpu else {"kernel_options": TILES}
     return layout.tiles.unpad(_compiled()(q, k, v, block_mask=block_mask(layout), **options))
 
