@@ -133,7 +133,7 @@ def selection(options: argparse.Namespace) -> None:
         window_KK = sliding_window(tiles, (11, 3, 3))
         for amplitude in (0.55, 0.8):
             q, k = smooth_means(tiles, 4, amplitude)
-            # Means of one-token blocks are the tokens: the published selection gets them as they are.
+            # The published selection takes tokens: blocks of 64 equal ones have these means.
             tokens = [x.repeat_interleave(64, dim=2) for x in (q, k)]
             for mass in (0.9, 0.7):
                 find = Kernels().threshold

@@ -98,7 +98,9 @@ class K5Nabla(io.ComfyNode):
             dense_last_steps=dense_last_steps, dense_first_blocks=dense_first_blocks,
             dense_last_blocks=dense_last_blocks, min_tok=min_tokens,
         )  # fmt: skip
-        return io.NodeOutput(host().with_attention(model, Nabla(settings, row)), _plan(settings, row))
+        note = host().variant_note(model)
+        patched = host().with_attention(model, Nabla(settings, row, is_assumed=bool(note)))
+        return io.NodeOutput(patched, "\n".join(filter(None, (_plan(settings, row), note))))
 
 
 class K5NablaReport(io.ComfyNode):
@@ -184,7 +186,7 @@ class K5AttentionError(io.ComfyNode):
     def validate_inputs(cls, P_values: str | None) -> bool | str:
         """Refuse what is no list of shares before anything runs."""
         try:
-            _masses(P_values or "1")  # None: a link will bring it
+            _masses("1" if P_values is None else P_values)  # None: a link will bring it
         except KandinskyError as error:
             return str(error)
         return True

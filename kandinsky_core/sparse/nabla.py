@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KandinskyError
-from ..shapes import PATCH, VAE_SPATIAL
+from ..shapes import PATCH, VAE_SPATIAL, latent_frames
 from ..variants import VARIANTS, Attention, Variant
-from .kernels.choice import AUTO, NAMES, Kernels
+from .kernels.choice import AUTO, DENSE, NAMES, Kernels
 from .record import Record
 from .selection import select
 from .tiles import Tiles
@@ -39,6 +39,7 @@ class AttentionForward(Protocol):
     """Visual self-attention of one network evaluation."""
 
     tiles: Tiles
+    step: int
 
     def attend(
         self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True
@@ -96,26 +97,35 @@ class NablaSettings:
             raise KandinskyError(f"Windows and counts of NABLA are 0 or more; got {self}.")
 
 
-def policy(settings: NablaSettings, row: Variant | None, token_thw: tuple[int, int, int]) -> Attention:
+def policy(
+    settings: NablaSettings, row: Variant | None, token_thw: tuple[int, int, int], is_assumed: bool = False
+) -> Attention:
     """Return the attention that `settings` mean for a clip of this size: what was trained, what is set, or full."""
     if settings.mode == OFF or math.prod(token_thw) < settings.min_tok:
         return Attention()
     if settings.mode == ON:
         t, h, w = settings.window_thw
         return Attention(kind="nabla", P=settings.mass, wT=t, wH=h, wW=w)
-    return Attention() if row is None else trained(row, token_thw).attention
+    return Attention() if row is None else trained(row, token_thw, is_assumed).attention
 
 
-def trained(row: Variant, token_thw: tuple[int, int, int]) -> Variant:
-    """Return the row of the same weights file whose published sizes are nearest: one file serves SD and HD."""
-    _, rows, columns = token_thw
+def trained(row: Variant, token_thw: tuple[int, int, int], is_assumed: bool = False) -> Variant:
+    """Return the row whose published size and length are nearest, among those that the weights may be.
+
+    One file serves SD and HD. When the row is only assumed from the model's width, the clip's length decides between
+    the 5 s and the 10 s weights, too.
+    """
+    t, rows, columns = token_thw
     area_px = rows * columns * (VAE_SPATIAL * PATCH[1]) ** 2
 
     def distance(other: Variant) -> float:
-        return min(abs(math.log(height * width / area_px)) for height, width in other.sizes)
+        size = min(abs(math.log(height * width / area_px)) for height, width in other.sizes)
+        return size + min(abs(math.log(latent_frames(frames) / t)) for frames in other.frames)
 
-    same_file = [other for other in VARIANTS.values() if other.files == row.files and other.tasks == row.tasks]
-    return min(same_file or [row], key=distance)
+    def fits(other: Variant) -> bool:
+        return other.family == row.family if is_assumed else (other.files, other.tasks) == (row.files, row.tasks)
+
+    return min(filter(fits, VARIANTS.values()), key=distance, default=row)
 
 
 @dataclass(slots=True)
@@ -124,6 +134,7 @@ class Nabla:
 
     settings: NablaSettings
     row: Variant | None
+    is_assumed: bool = False  # the row is a guess by the model's width
     sigmas: tuple[float, ...] = ()
     record: Record = field(default_factory=Record)
     kernels: Kernels = field(default_factory=Kernels)
@@ -143,7 +154,7 @@ class Nabla:
     ) -> Forward | None:
         """Prepare one evaluation of a network of `blocks` visual blocks; None when all of it is to be dense."""
         settings = self.settings
-        attention = policy(settings, self.row, token_thw)
+        attention = policy(settings, self.row, token_thw, self.is_assumed)
         step = self.step_of(sigma)
         is_dense = step < settings.dense_first_steps or step >= len(self.sigmas) - 1 - settings.dense_last_steps
         self.record.see(token_thw, blocks, attention)
@@ -172,29 +183,51 @@ class Forward:
         settings = self.nabla.settings
         if block < settings.dense_first_blocks or block >= self.blocks - settings.dense_last_blocks:
             return dense(q_BANE, k_BANE, v_BANE)
-        sparse = self._attend_groups
+        sparse = self._attend_exactly
         if "torch._dynamo" in sys.modules:  # only a process that compiles has it, and importing it takes seconds
             sparse = torch.compiler.disable(sparse)
-        return sparse(q_BANE, k_BANE, v_BANE, block, is_ordered)
+        out_BANE = sparse(q_BANE, k_BANE, v_BANE, block, is_ordered)
+        if out_BANE is None:  # no kernel works, or dense is wanted
+            self.nabla.kernels.used[DENSE] += 1
+            return dense(q_BANE, k_BANE, v_BANE)
+        return out_BANE
+
+    def _attend_exactly(
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool
+    ) -> Tensor | None:
+        """Take autocast's dtype once, and none of its casts: blocks are chosen in float32."""
+        device = q_BANE.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._attend_groups(q_BANE, k_BANE, v_BANE, block, is_ordered)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return self._attend_groups(*(x.to(dtype) for x in (q_BANE, k_BANE, v_BANE)), block, is_ordered)
 
     def _attend_groups(
         self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool
-    ) -> Tensor:
-        """Treat as many heads together as keep the block lists within bounds."""
+    ) -> Tensor | None:
+        """Treat as many heads together as keep the block lists within bounds; None when no kernel is left."""
+        if not self.nabla.kernels.candidates(q_BANE):
+            return None
         heads = max(1, GROUP_BYTES // (4 * len(q_BANE) * self.tiles.blocks**2))
         groups = list(zip(*(x.split(heads, dim=1) for x in (q_BANE, k_BANE, v_BANE)), strict=True))
         if len(groups) == 1:
             return self._attend_heads(*groups[0], block, is_ordered)
-        if torch.is_grad_enabled():
-            return torch.cat([self._attend_heads(*group, block, is_ordered) for group in groups], dim=1)
-        out_BANE = torch.empty_like(q_BANE)
-        for part, group in zip(out_BANE.split(heads, dim=1), groups, strict=True):
-            part.copy_(self._attend_heads(*group, block, is_ordered))
-        return out_BANE
+        parts = []
+        out_BANE = None if torch.is_grad_enabled() else torch.empty_like(q_BANE)
+        for index, group in enumerate(groups):
+            part_BANE = self._attend_heads(*group, block, is_ordered, is_first=index == 0)
+            if part_BANE is None:
+                return None
+            if out_BANE is None:
+                parts.append(part_BANE)
+            else:
+                out_BANE[:, index * heads : index * heads + part_BANE.shape[1]] = part_BANE
+        return torch.cat(parts, dim=1) if out_BANE is None else out_BANE
 
     def _attend_heads(
-        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool
-    ) -> Tensor:
+        self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, block: int, is_ordered: bool, is_first: bool = True
+    ) -> Tensor | None:
         if not is_ordered:
             q_BANE, k_BANE, v_BANE = (x.index_select(2, self.tiles.order_N) for x in (q_BANE, k_BANE, v_BANE))
         with torch.no_grad():
@@ -202,6 +235,8 @@ class Forward:
                 q_BANE, k_BANE, self.tiles, self.mass, self.window_KK, exact=self.nabla.settings.exact,
                 find=self.nabla.kernels.threshold,
             )  # fmt: skip
-        self.nabla.record.add(self.step, block, layout, q_BANE.shape[-1])
         out_BANE = self.nabla.kernels.attend(q_BANE, k_BANE, v_BANE, layout)
+        if out_BANE is None:
+            return None
+        self.nabla.record.add(self.step, block, layout, q_BANE.shape[-1], is_first)
         return out_BANE if is_ordered else out_BANE.index_select(2, self.tiles.inverse_N)

@@ -29,14 +29,17 @@ class Record:
         """Note the size and the policy of a network evaluation."""
         self.token_thw, self.blocks, self.attention = token_thw, blocks, attention
 
-    def add(self, step: int, block: int, layout: BlockLayout, head_dim: int) -> None:
-        """Count a layout in; the middle block's first head is kept as an example."""
+    def add(self, step: int, block: int, layout: BlockLayout, head_dim: int, has_head_0: bool = True) -> None:
+        """Count the layout of some heads in; head 0 of the block nearest the middle is kept as an example."""
         kept, pairs = self._sums.get((step, block), (0, 0))
         new = len(layout.counts_R) * layout.tiles.blocks
         self._sums[step, block] = (kept + len(layout.columns_M), pairs + new)
         self.head_dim = head_dim
-        if block == self.blocks // 2:
+        if has_head_0 and (self.example is None or self._off_middle(block) <= self._off_middle(self.example.block)):
             self.example = Example.of(step, block, layout)
+
+    def _off_middle(self, block: int) -> int:
+        return abs(block - self.blocks // 2)
 
     @property
     def grid(self) -> list[list[float | None]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .nabla import Nabla
 from .record import Record
+from .tiles import Tiles
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +40,7 @@ def summary(run: Nabla) -> str:
     policy = record.attention
     lines = [
         f"NABLA with P {policy.P:g}, window {policy.wT}/{policy.wH}/{policy.wW}, on {size}, "
-        f"{len(record.example.live()) if record.example else 0:,} blocks of up to 64 tokens.",
+        f"{Tiles(record.token_thw).blocks:,} blocks of up to 64 tokens.",
         f"Kept {record.mean_kept:.1%} of the block pairs; {spread('layers', by_layer(kept))}, "
         f"{spread('steps', by_step(kept))}.",
         f"Kernel: {', '.join(f'{name} ({count} calls)' for name, count in run.kernels.used.items())}.",
@@ -60,7 +61,11 @@ def why_dense(run: Nabla) -> str:
     if prod(run.record.token_thw or (0,)) < settings.min_tok:
         return f"that is below min_tokens ({settings.min_tok:,})"
     if settings.mode == "auto" and run.record.attention.kind == "full":
-        return "this model was trained with full attention at this size; set attention to on to try NABLA"
+        whose = f"the model, taken for {run.row.title}," if run.is_assumed and run.row else "this model"
+        return f"{whose} was trained with full attention at this size; set attention to on to try NABLA"
+    if run.kernels.used["dense"]:
+        left = [f"{name}: {reason}" for name, reason in run.kernels.left.items()]
+        return "; ".join(["no block-sparse kernel was used", *left])
     return "all steps or layers were set to be dense"
 
 

@@ -55,9 +55,11 @@ def select_from_means(
     index_K = torch.arange(blocks, dtype=column_dtype(blocks), device=q_BAKE.device)
     for q_part, k_part in zip(q_RKE.split(together), k_RKE.split(together), strict=True):
         for q_chunk, window_CK in zip(q_part.split(rows, dim=1), window_KK.split(rows), strict=True):
-            weight_RCK = torch.softmax(q_chunk @ k_part.mT, -1)
-            keep_RCK = weight_RCK > find(weight_RCK, 1 - mass) if mass < 1 else torch.ones_like(weight_RCK) > 0
-            keep_RCK |= window_CK
+            if mass < 1:
+                weight_RCK = torch.softmax(q_chunk @ k_part.mT, -1)
+                keep_RCK = (weight_RCK > find(weight_RCK, 1 - mass)) | window_CK
+            else:
+                keep_RCK = window_CK.new_ones(len(q_chunk), *window_CK.shape)
             counts.append(keep_RCK.sum(-1).flatten())
             columns.append(index_K.expand_as(keep_RCK).masked_select(keep_RCK))
     return BlockLayout(tiles, batch, heads, starts(torch.cat(counts)), torch.cat(columns))

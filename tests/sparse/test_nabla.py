@@ -9,8 +9,10 @@ import torch
 from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
 from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, dense
 from comfyui_kandinsky5.kandinsky_core.sparse import nabla
+from comfyui_kandinsky5.kandinsky_core.sparse.kernels import choice as nabla_kernels
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels.trial import masked, relative_error
 from comfyui_kandinsky5.kandinsky_core.sparse.nabla import Nabla, NablaSettings, policy
+from comfyui_kandinsky5.kandinsky_core.sparse.report import summary
 from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS, CrossDiTSpec
 
 SPEC = CrossDiTSpec(
@@ -136,6 +138,36 @@ def test_gradients_of_the_model(model, grid):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_autocast(grid):
+    """Training runs under autocast: attention in 16 bits, blocks still chosen by the kernels, none of them lost."""
+    run = Nabla(ON, None)
+    forward = run.forward(grid, 3, 1.0, CPU)
+    q, k, v = torch.randn(3, 1, 2, forward.tiles.tokens, 16, generator=torch.Generator().manual_seed(3))
+    expected = forward.attend(*(x.bfloat16() for x in (q, k, v)), block=0, dense=dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = forward.attend(q, k, v, block=0, dense=dense)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert run.kernels.used == {"torch": 2} and not run.kernels.left
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["dense", "torch"])
+def test_without_a_kernel_nothing_is_claimed(monkeypatch, kernel):
+    """Attention is full when dense is wanted or every kernel fails, and then no block counts as left out."""
+    run = Nabla(replace(ON, kernel=kernel), None)
+    run.begin((1.0, 0.0))
+    forward = run.forward(GRIDS[0], 3, 1.0, CPU)
+    if kernel == "torch":
+        broken = {"torch": lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))}
+        monkeypatch.setattr(nabla_kernels, "_KERNELS", broken)
+    q = torch.randn(1, 2, forward.tiles.tokens, 16)
+    assert torch.equal(forward.attend(q, q, q, block=0, dense=dense), dense(q, q, q))
+    assert run.kernels.used == {"dense": 1} and not run.record.kept
+    assert "no block-sparse kernel was used" in summary(run)
+
+
+@torch.no_grad()
 def test_compiled_blocks(model):
     grid = GRIDS[0]
     expected = model(*given(grid), **options(Nabla(ON, None), grid))
@@ -189,6 +221,21 @@ def test_auto_follows_the_variant_table(name, size, frames, mass):
     assert policy(NablaSettings(mode="off"), VARIANTS[name], grid).kind == "full"
     assert policy(NablaSettings(mode="on", mass=0.5, min_tok=0), VARIANTS[name], grid).P == 0.5
     assert policy(NablaSettings(mode="on", min_tok=10**6), VARIANTS[name], grid).kind == "full"
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "mass"),
+    [
+        ("lite_t2v_5s_sft", (31, 32, 48), None),
+        ("lite_t2v_5s_sft", (61, 32, 48), 0.9),
+        ("pro_t2v_5s_sd", (61, 64, 64), 0.7),
+        ("pro_t2v_5s_sd", (31, 48, 80), 0.8),
+    ],
+)
+def test_auto_takes_the_length_into_account_when_the_row_is_assumed(name, grid, mass):
+    """Core's own loader does not tell the 5 s from the 10 s weights."""
+    found = policy(NablaSettings(), VARIANTS[name], grid, is_assumed=True)
+    assert (found.P if found.kind == "nabla" else None) == mass
 
 
 def test_auto_knows_nothing_of_an_unknown_model():

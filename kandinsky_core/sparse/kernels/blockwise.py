@@ -21,6 +21,7 @@ from ..tiles import BLOCK_TOK
 
 GATHER_BYTES = 1 << 20  # keys and values gathered at once: on a CPU what stays in a core's cache
 DEVICE_GATHER_BYTES = 1 << 27
+KEYS = 1 << 28  # more than any query block sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,16 @@ def pieces(layout: BlockLayout, gather_tok: int) -> Iterator[Piece]:
     if not tiles.is_whole:
         summed_M1 = starts(lengths_K[layout.columns_M.long()])
         seen_R = summed_M1[layout.starts_R1].diff()
-    # Query blocks alike in key blocks, keys and own tokens come to lie together.
-    sizes_R3 = torch.stack((counts_R, seen_R, own_R), dim=1)
-    kinds_U3, kind_R, members_U = sizes_R3.unique(dim=0, return_inverse=True, return_counts=True)
+    # Query blocks alike in key blocks, keys and own tokens come to lie together. One number instead of three: not every
+    # device can sort rows.
+    kinds_U, kind_R, members_U = (
+        (counts_R * KEYS + seen_R).mul(2 * BLOCK_TOK).add(own_R).unique(return_inverse=True, return_counts=True)
+    )
     sorted_R = kind_R.argsort(stable=True)
     slot_64 = torch.arange(BLOCK_TOK, device=counts_R.device)
-    for (count, seen, own), alike_R in zip(kinds_U3.tolist(), sorted_R.split(members_U.tolist()), strict=True):
+    for kind, alike_R in zip(kinds_U.tolist(), sorted_R.split(members_U.tolist()), strict=True):
+        count_seen, own = divmod(kind, 2 * BLOCK_TOK)
+        count, seen = divmod(count_seen, KEYS)
         place_C = torch.arange(count, device=counts_R.device)
         for query_G in alike_R.split(max(1, gather_tok // seen)):
             column_GC = layout.columns_M[layout.starts_R1[query_G].unsqueeze(1) + place_C].long()

@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import BackendUnavailable
@@ -24,7 +23,8 @@ AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE = "auto", "triton", "flex", "torch", "s
 THRESHOLD = "triton selection"  # in the list of what was left
 NAMES = (AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE)
 COMPILE_TOK = 16_384  # on a CPU a compilation (half a minute and more) pays from about here, and in 16 bits only
-FAILURES = (RuntimeError, ImportError, BackendUnavailable)  # compilers and allocators raise kinds of RuntimeError
+# What compilers, allocators and other packages' argument checks raise. A kernel's failure must not end a run.
+FAILURES = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, OSError)
 
 
 @dataclass(slots=True)
@@ -39,10 +39,10 @@ class Kernels:
         if self.wanted not in NAMES:
             raise BackendUnavailable(f"Unknown kernel '{self.wanted}'. Possible: {', '.join(NAMES)}.")
 
-    def attend(self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:
+    def attend(self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor | None:
         """Return attention of tile-ordered `q_BANE`, `k_BANE`, `v_BANE` over the kept blocks only.
 
-        When every kernel has failed, or "dense" is wanted, it is full attention: nothing is skipped then.
+        None when every kernel has failed, or "dense" is wanted: then attention is to be full.
         """
         for name in self.candidates(q_BANE):
             kernel = _KERNELS[name]
@@ -55,8 +55,7 @@ class Kernels:
                 continue
             self.used[name] += 1
             return out_BANE
-        self.used[DENSE] += 1
-        return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE)
+        return None
 
     def threshold(self, weight_RCK: Tensor, dropped: float) -> Tensor:
         """Do what `selection.threshold` does, on a GPU in one pass over the weights where Triton works."""
