@@ -70,10 +70,12 @@ class HostAttend:
     """Visual self-attention through core's attention, so that back-ends and overrides chosen by nodes apply."""
 
     options: dict[str, Any]  # core's transformer_options of this call
+    block: int
 
     def __call__(self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor) -> Tensor:
         """Attend. Core's functions give [B,N,A*E], which overrides written for core's own Kandinsky 5 rely on."""
         heads = q_BANE.shape[1]
+        self.options["block_index"] = self.block  # a trainer computes blocks again, after the last one has run
         out_BND = optimized_attention(
             q_BANE, k_BANE, v_BANE, heads=heads, skip_reshape=True, transformer_options=self.options
         )
@@ -133,7 +135,7 @@ class HostedCrossDiT(CrossDiT):
             y,
             timestep,
             rope_scale=rope_scale_of(options, self.rope_at(rows, columns)),
-            attend=HostAttend(options),
+            attend=[HostAttend(options, index) for index in range(len(self.visual_transformer_blocks))],
             order_N=options.get(TOKEN_ORDER),
             on_block=lambda index, total: options.update(
                 block_index=index, total_blocks=total, block_type="double"
@@ -143,11 +145,12 @@ class HostedCrossDiT(CrossDiT):
         return out_BCTHW if x.ndim == 5 else out_BCTHW.squeeze(2)
 
     def run_blocks(
-        self, x_BND: Tensor, text_BLD: Tensor, time_BE: Tensor, rope_NP2: Tensor, attend: HostAttend,
+        self, x_BND: Tensor, text_BLD: Tensor, time_BE: Tensor, rope_NP2: Tensor, attend: Sequence[HostAttend],
         attend_text: Attend, on_block: Any = None,
     ) -> Tensor:  # fmt: skip
         """Run the visual blocks, or what nodes have put in their place (`patches_replace`)."""
-        patches = attend.options.get("patches_replace", {}).get("dit", {})
+        options = attend[0].options
+        patches = options.get("patches_replace", {}).get("dit", {})
         if not any(
             ("double_block", index) in patches for index in range(len(self.visual_transformer_blocks))
         ):
@@ -156,13 +159,13 @@ class HostedCrossDiT(CrossDiT):
         for index, block in enumerate(self.visual_transformer_blocks):
             on_block(index, total)
 
-            def original(args: dict[str, Any], block: Any = block) -> dict[str, Tensor]:
+            def original(args: dict[str, Any], block: Any = block, index: int = index) -> dict[str, Tensor]:
                 state = (args["x"], args["context"], args["time_embed"], args["freqs"])
-                return {"x": block(*state, HostAttend(args["transformer_options"]), attend_text)}
+                return {"x": block(*state, HostAttend(args["transformer_options"], index), attend_text)}
 
             args = {
                 "x": x_BND, "context": text_BLD, "time_embed": time_BE, "freqs": rope_NP2,
-                "transformer_options": attend.options,
+                "transformer_options": options,
             }  # fmt: skip
             patch = patches.get(("double_block", index))
             x_BND = (original(args) if patch is None else patch(args, {"original_block": original}))["x"]

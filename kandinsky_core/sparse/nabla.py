@@ -158,7 +158,10 @@ class Nabla:
         step = self.step_of(sigma)
         is_dense = step < settings.dense_first_steps or step >= len(self.sigmas) - 1 - settings.dense_last_steps
         self.record.see(token_thw, blocks, attention)
-        if attention.kind == "full" or (self.sigmas and is_dense):
+        if attention.kind == "full":
+            return None
+        if self.sigmas and is_dense:
+            self.record.dense.update((step, block) for block in range(blocks))
             return None
         tiles = Tiles(token_thw, device)
         window_KK = sliding_window(tiles, (attention.wT, attention.wH, attention.wW))
@@ -182,6 +185,7 @@ class Forward:
         """Attend in visual block `block`; `is_ordered` False: tokens come, and the result goes, in raster order."""
         settings = self.nabla.settings
         if block < settings.dense_first_blocks or block >= self.blocks - settings.dense_last_blocks:
+            self.nabla.record.dense.add((self.step, block))
             return dense(q_BANE, k_BANE, v_BANE)
         sparse = self._attend_exactly
         if "torch._dynamo" in sys.modules:  # only a process that compiles has it, and importing it takes seconds

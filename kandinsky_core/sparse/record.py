@@ -23,6 +23,7 @@ class Record:
     attention: Attention = FULL
     head_dim: int = 0
     example: Example | None = None
+    dense: set[tuple[int, int]] = field(default_factory=set)  # (step, visual block) that were set to be dense
     _sums: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # kept pairs, all pairs
 
     def see(self, token_thw: tuple[int, int, int], blocks: int, attention: Attention) -> None:

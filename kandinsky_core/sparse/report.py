@@ -46,9 +46,9 @@ def summary(run: Nabla) -> str:
         f"Kernel: {', '.join(f'{name} ({count} calls)' for name, count in run.kernels.used.items())}.",
         f"Attention left out: about {flops(record.flops_saved)}.",
     ]
-    dense = record.steps * record.blocks - len(kept)
-    if dense > 0:
-        lines.append(f"{dense} of {record.steps * record.blocks} layers (over all steps) were dense, as set.")
+    if record.dense:
+        every = len(record.dense) + len(kept)
+        lines.append(f"{len(record.dense)} of {every} layers (over all steps) were dense, as set.")
     lines += [f"The {name} kernel was left: {reason}" for name, reason in run.kernels.left.items()]
     return "\n".join(lines)
 

@@ -68,8 +68,9 @@ def select_from_means(
 def threshold(weight_RCK: Tensor, dropped: float) -> Tensor:
     """Return for each row of float32 weights (sum 1) a value `[R,C,1]`: entries up to it sum to less than `dropped`.
 
-    It is the largest such value but for the search's resolution. The search is the Illinois variant of regula falsi on
-    the logarithm: the dropped sum is close to a straight line there.
+    It is the largest such value but for the search's resolution. Of equal entries at the edge all are kept (a sort
+    drops some of them, in the order it puts them), so a flat row is kept whole. The search is the Illinois variant of
+    regula falsi on the logarithm: the dropped sum is close to a straight line there.
     """
     least, high = weight_RCK.aminmax(dim=-1, keepdim=True)
     # n entries of at most dropped / n add up to at most `dropped`; the hair below makes it less.

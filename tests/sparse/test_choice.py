@@ -151,19 +151,23 @@ def test_a_new_run_tries_again(monkeypatch):
     assert kernels.used == {"torch": 3}
 
 
-def test_candidates_by_dtype_and_size():
+def test_candidates_by_dtype_and_size(monkeypatch):
     small, long = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, choice.COMPILE_TOK, 16)
     assert Kernels().candidates(long) == ["torch"]
     assert Kernels().candidates(small.bfloat16()) == ["torch"]
     assert Kernels().candidates(long.bfloat16()) == ["flex", "torch"]
     assert Kernels("triton").candidates(small) == ["triton", "torch"]
+    monkeypatch.setattr(choice, "_has_triton", lambda: True)
     assert Kernels().candidates(long.to("meta")) == ["triton", "flex", "torch"]
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    assert Kernels().candidates(long.to("meta")) == ["torch"]
     assert Kernels("dense").candidates(long) == []
 
 
 @pytest.mark.parametrize("broken", [failing, lambda error: lambda weight, dropped: weight[..., :1] * 0 - 1])
 def test_a_failing_selection_is_left(monkeypatch, caplog, broken):
     """Run on a processor: the class thinks it is a GPU's tensor."""
+    monkeypatch.setattr(choice, "_has_triton", lambda: True)
     monkeypatch.setattr(choice.fused, "threshold", broken(RuntimeError("no driver")))
     weight = torch.rand(1, 8, 50).softmax(-1).as_subclass(ElsewhereTensor)
     kernels = Kernels()

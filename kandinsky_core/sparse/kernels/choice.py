@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -59,7 +61,8 @@ class Kernels:
 
     def threshold(self, weight_RCK: Tensor, dropped: float) -> Tensor:
         """Do what `selection.threshold` does, on a GPU in one pass over the weights where Triton works."""
-        if self.wanted in (AUTO, TRITON) and not weight_RCK.is_cpu and THRESHOLD not in self.left:
+        wants = self.wanted in (AUTO, TRITON) and not weight_RCK.is_cpu
+        if wants and _has_triton() and THRESHOLD not in self.left:
             try:
                 trial.check_threshold(fused.threshold, weight_RCK.device)
                 return fused.threshold(weight_RCK, dropped)
@@ -76,7 +79,7 @@ class Kernels:
         if self.wanted == DENSE:
             return []
         if not q_BANE.is_cpu:
-            found = [TRITON, FLEX, TORCH]
+            found = [TRITON, FLEX, TORCH] if _has_triton() else [TORCH]  # compiling for a GPU goes through Triton, too
         elif q_BANE.dtype.itemsize == 2 and q_BANE.shape[2] >= COMPILE_TOK:
             found = [FLEX, TORCH]
         else:
@@ -95,6 +98,15 @@ class Kernels:
             if rest
             else "No block-sparse kernel is left: attention is computed in full, which is slower and skips nothing.",
         )
+
+
+@cache
+def _has_triton() -> bool:
+    """Tell whether Triton is installed; said once a process, not once a run."""
+    if find_spec("triton") is not None:
+        return True
+    logger.info("NABLA: Triton is not installed (on Windows: triton-windows); a slower kernel of plain torch is used.")
+    return False
 
 
 def _reason(error: Exception) -> str:
