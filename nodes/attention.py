@@ -15,8 +15,19 @@ from .host import Conditioning, Latent, host
 from .sampling import K5Sample
 
 CATEGORY = "Kandinsky 5/attention"
+TILE = f"tiles of {NABLA_MULTIPLE_PX} px"
 UI_KEY = "kandinsky5_nabla"  # of the data a browser widget gets
-_WINDOW_TIP = "Sliding window that is always seen, in {}. Released: {}."
+
+
+def _window_inputs() -> list[Any]:
+    """Return the three widgets of the sliding window."""
+    return [
+        io.Int.Input(
+            name, default=released, min=0, max=999,
+            tooltip=f"Sliding window that is always seen, in {unit}. Released: {released}.",
+        )
+        for name, released, unit in (("wT", 11, "latent frames"), ("wH", 3, TILE), ("wW", 3, TILE))
+    ]  # fmt: skip
 
 
 class K5Nabla(io.ComfyNode):
@@ -51,9 +62,7 @@ class K5Nabla(io.ComfyNode):
                     round=0.001,
                     tooltip="Share of the attention that is kept: less is faster and coarser; 1 is dense. For 'on'.",
                 ),
-                io.Int.Input("wT", default=11, min=0, max=999, tooltip=_WINDOW_TIP.format("latent frames", 11)),
-                io.Int.Input("wH", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
-                io.Int.Input("wW", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
+                *_window_inputs(),
                 io.Combo.Input(
                     "kernel",
                     options=list(NAMES),
@@ -161,9 +170,7 @@ class K5AttentionError(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent"),
                 io.String.Input("P_values", default="0.95, 0.9, 0.8, 0.7", tooltip="Shares to try, with commas."),
-                io.Int.Input("wT", default=11, min=0, max=999, tooltip=_WINDOW_TIP.format("latent frames", 11)),
-                io.Int.Input("wH", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
-                io.Int.Input("wW", default=3, min=0, max=999, tooltip=_WINDOW_TIP.format("tiles of 128 px", 3)),
+                *_window_inputs(),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="Noise of all runs.",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .nabla import Attend, AttentionForward, Nabla
+from .nabla import Attend, AttentionForward, Forward, Nabla
 from .tiles import Tiles
 
 
@@ -50,7 +50,7 @@ class Measurement:
 class _MeasuredForward:
     measurement: Measurement
     tiles: Tiles
-    forwards: Sequence[AttentionForward | None]
+    forwards: Sequence[Forward | None]
 
     def attend(
         self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True

@@ -39,7 +39,6 @@ class AttentionForward(Protocol):
     """Visual self-attention of one network evaluation."""
 
     tiles: Tiles
-    step: int
 
     def attend(
         self, q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, *, block: int, dense: Attend, is_ordered: bool = True
