@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
+# Rows are summed in float32: where less is to be dropped than those sums are exact to, rounding decides, not the law.
+MASSES = st.floats(0.01, 1 - 1e-4) | st.just(1.0)
 
 
 def smooth(tiles: Tiles, batch: int, heads: int, sharpness: float, seed: int) -> list[torch.Tensor]:
@@ -25,14 +27,18 @@ def smooth(tiles: Tiles, batch: int, heads: int, sharpness: float, seed: int) ->
 
 
 @settings(deadline=None, max_examples=40)
-@given(GRIDS, st.integers(1, 2), st.integers(1, 3), st.floats(0.01, 1), st.floats(0.5, 4), st.integers(0, 99))
-def test_equals_the_published_selection(grid, batch, heads, mass, sharpness, seed):
+@given(GRIDS, st.integers(1, 2), st.integers(1, 3), MASSES, st.floats(0.5, 4), st.integers(0, 99))
+def test_follows_the_published_selection(grid, batch, heads, mass, sharpness, seed):
     tiles = Tiles(grid)
     window = sliding_window(tiles, (3, 3, 1))
     q, k = smooth(tiles, batch, heads, sharpness, seed)
     layout = select(q, k, tiles, mass, window)
     live, right = layout.live(), select(q, k, tiles, mass, window, exact=True).live()
-    assert (live != right).sum() <= max(2, 1e-3 * live.numel())
+    # The search may stop a little early, and then keeps more: it never drops what the published selection keeps.
+    weight = torch.softmax(tiles.mean(q) @ tiles.mean(k).mT / q.shape[-1] ** 0.5, -1)
+    assert (weight * (right & ~live)).sum(-1).max() <= 1e-6
+    assert (weight * ~live).sum(-1).max() <= 1 - mass + 1e-6
+    assert (live & ~right).sum() <= 4 + 0.01 * live.numel()
     assert (layout.counts_R >= 1).all() and (live | ~window).all()
     assert layout.columns_M.dtype == column_dtype(tiles.blocks)
 

@@ -27,6 +27,8 @@ ROOMS = {
     "text": {"io"},  # the towers read their files through io's checkpoint reader
     "sampling": {"model"},
     "io": {"model", "vae"},
+    "cost": {"variants"},
+    "memory": {"cost", "vae"},
     "train": {"model", "sampling"},
     "nano": {"model", "vae", "text", "io", "sampling", "train"},
 }
