@@ -27,8 +27,7 @@ ROOMS = {
     "text": {"io"},  # the towers read their files through io's checkpoint reader
     "sampling": {"model"},
     "io": {"model", "vae"},
-    "cost": {"variants"},
-    "memory": {"cost", "vae"},
+    "memory": {"vae"},
     "train": {"model", "sampling"},
     "nano": {"model", "vae", "text", "io", "sampling", "train"},
 }
