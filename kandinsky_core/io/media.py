@@ -11,10 +11,9 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +66,23 @@ def write_video(
     crf: float = 14,
     metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """Encode frames as they come and return the file's path; the suffix chooses the container (mp4, mov, mkv).
+    """Encode frames as they come and return the file's path; options are those of `video_writer`."""
+    with video_writer(path, fps=fps, codec=codec, crf=crf, metadata=metadata) as write:
+        for frame in frames:
+            write(frame)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def video_writer(
+    path: str | os.PathLike[str],
+    *,
+    fps: float,
+    codec: str = "h264",
+    crf: float = 14,
+    metadata: Mapping[str, object] | None = None,
+) -> Iterator[Callable[[Frame], None]]:
+    """Give a function that encodes the next frame; the suffix chooses the container (mp4, mov, mkv).
 
     `codec` "h264" plays everywhere (4:2:0, BT.709, quality `crf`, 0 best … 51; an odd last row or column is cut off).
     "lossless" is H.264 in RGB: every pixel comes back exactly; players built on ffmpeg show it, browsers may not.
@@ -84,22 +99,36 @@ def write_video(
         raise MediaError(f"{fps} frames per second cannot be written. Use a number between 1 and 120.")
     import av
 
-    pictures = map(_pixels, frames)
-    first = next(pictures, None)
-    if first is None:
-        raise MediaError(f"{target}: there are no frames to write.")
     with _media_file(target, (OSError, av.error.FFmpegError)) as partial:
         # mp4 and mov drop unknown tags without use_metadata_tags; faststart lets a clip play while it loads.
         flags = {} if target.suffix.lower() == ".mkv" else {"movflags": "use_metadata_tags+faststart"}
         with av.open(partial, "w", format=CONTAINERS[target.suffix.lower()], options=flags) as container:
             container.metadata.update(_strings(metadata))
-            stream = _stream(container, first.shape, fps, codec, crf)
-            for index, pixels_HW3 in enumerate(chain([first], pictures)):
-                if pixels_HW3.shape != first.shape:
-                    raise MediaError(f"Frame {index} is {_size(pixels_HW3)}, the first one {_size(first)}.")
-                container.mux(stream.encode(_frame(pixels_HW3, stream)))
-            container.mux(stream.encode(None))
-    return target
+            encoder = _Encoder(container, lambda shape: _stream(container, shape, fps, codec, crf))
+            yield encoder.write
+            if encoder.stream is None:
+                raise MediaError(f"{target}: there are no frames to write.")
+            container.mux(encoder.stream.encode(None))
+
+
+class _Encoder:
+    """Encodes frame after frame; the first one decides the size."""
+
+    def __init__(self, container: OutputContainer, make: Callable[[tuple[int, ...]], VideoStream]) -> None:
+        self.container = container
+        self.make = make
+        self.stream: VideoStream | None = None
+        self.shape: tuple[int, ...] = ()
+        self.count = 0
+
+    def write(self, frame: Frame) -> None:
+        pixels_HW3 = _pixels(frame)
+        if self.stream is None:
+            self.stream, self.shape = self.make(pixels_HW3.shape), pixels_HW3.shape
+        if pixels_HW3.shape != self.shape:
+            raise MediaError(f"Frame {self.count} is {_size(pixels_HW3.shape)}, the first one {_size(self.shape)}.")
+        self.container.mux(self.stream.encode(_frame(pixels_HW3, self.stream)))
+        self.count += 1
 
 
 def read_video(path: str | os.PathLike[str]) -> Video:
@@ -252,5 +281,5 @@ def _strings(metadata: Mapping[str, object] | None) -> dict[str, str]:
     }
 
 
-def _size(pixels_HW3: np.ndarray) -> str:
-    return f"{pixels_HW3.shape[1]}x{pixels_HW3.shape[0]}"
+def _size(shape_HW3: tuple[int, ...]) -> str:
+    return f"{shape_HW3[1]}x{shape_HW3[0]}"
