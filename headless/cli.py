@@ -1,4 +1,4 @@
-"""The command line: `kandinsky5 run | generate | attention-error | nodes | variants`.
+"""The command line: `kandinsky5 run | generate | decode | attention-error | nodes | variants`.
 
 Exit codes: 0 done; 1 a node failed while running; 2 the command, the workflow or a value was refused and nothing ran;
 130 cancelled with Ctrl-C.
@@ -72,7 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help="sliding window in latent frames, tile rows, tile columns (default: 11 3 3)",
     )  # fmt: skip
 
-    for command in (run, generate, measure):
+    decode = commands.add_parser("decode", help="make the clip or picture of a latent that a run left behind")
+    decode.add_argument("latent", nargs="?", help="path, or name in OUT/latents (default: the newest there)")
+    decode.add_argument("--vae", help="autoencoder: path or name (default: the one the latent was made for)")
+    decode.add_argument("--fps", type=float, help="frames per second (default: as the latent was made, else 24)")
+    decode.set_defaults(command=_decode)
+
+    for command in (run, generate, decode, measure):
         command.add_argument("--out", type=Path, default=Path("output"), help="folder for results (default: output)")
         command.add_argument("--device", help="device to compute on (default: the accelerator if there is one)")
         command.add_argument("--quiet", action="store_true", help="no progress, only the files written")
@@ -81,12 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     nodes.set_defaults(command=_nodes)
     variants = commands.add_parser("variants", help="list the known models and their settings")
     variants.set_defaults(command=_variants)
-    for command in (run, generate, measure, nodes):
+    for command in (run, generate, decode, measure, nodes):
         command.add_argument(
             "--models", type=Path,
             help="models folder in ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models)",
         )  # fmt: skip
-    for command in (run, generate, measure, nodes, variants):
+    for command in (run, generate, decode, measure, nodes, variants):
         command.add_argument("--json", action="store_true", help="write one JSON object to standard output")
         command.add_argument("--verbose", action="store_true", help="write the log to standard error")
     return parser
@@ -139,6 +145,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     graph = build(Wish(**given), host)
     # Types are read again: the wish may have added files.
     return _execute(arguments, graph, node_types(), host, None, arguments.result)
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from .decode import build
+
+    host, _ = _prepare(arguments)
+    graph = build(arguments.latent, arguments.vae, arguments.fps, host)
+    return _execute(arguments, graph, node_types(), host, None)
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Any, Any]:

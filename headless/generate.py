@@ -55,7 +55,7 @@ class Wish:
 
 def build(wish: Wish, host: StandaloneHost) -> Graph:
     """Return the graph that fulfils the wish; files given as paths are made known to `host`."""
-    model = _choose(
+    model = choose(
         files.MODEL, files.built_in(NANO[wish.model]) if wish.model in NANO else wish.model, (), host
     )
     path = files.locate(files.MODEL, model)
@@ -64,7 +64,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
 
     def companion(kind: str, given: str | None, key: str, usual: tuple[str, ...]) -> str:
         is_own = given is None and model.endswith(files.BUILT_IN)
-        return _choose(kind, files.built_in(key) if is_own else given, usual, host)
+        return choose(kind, files.built_in(key) if is_own else given, usual, host)
 
     text = companion(files.TEXT_ENCODER, wish.text_encoder, "text_encoder", USUAL[files.TEXT_ENCODER])
     clip = companion(files.CLIP_ENCODER, wish.clip, "clip", USUAL[files.CLIP_ENCODER])
@@ -159,7 +159,7 @@ def _check_image(wish: Wish, row: Variant) -> None:
         raise ShapeError(f"{row.title} changes a picture; it has no {wish.frames} frames. Leave out --frames.")
 
 
-def _choose(kind: str, given: str | None, usual: tuple[str, ...], host: StandaloneHost) -> str:
+def choose(kind: str, given: str | None, usual: tuple[str, ...], host: StandaloneHost) -> str:
     """Return the loader's name for a file: given as path or name, or the usual one in the models folder."""
     names = files.names(kind)
     if given is not None:

@@ -10,6 +10,7 @@ def node_list() -> list[type[io.ComfyNode]]:
     from .attention import K5AttentionError, K5Nabla, K5NablaReport
     from .conditioning import K5EncodeText, K5ImageToVideo
     from .editing import K5ImageEdit
+    from .latents import K5LoadLatent
     from .loaders import K5LoadModel, K5LoadTextEncoder, K5LoadVAE
     from .sampling import K5Sample
     from .size import K5EmptyLatent, K5Size
@@ -27,6 +28,7 @@ def node_list() -> list[type[io.ComfyNode]]:
         K5Sample,
         K5VAEEncode,
         K5VAEDecode,
+        K5LoadLatent,
         K5Nabla,
         K5NablaReport,
         K5AttentionError,

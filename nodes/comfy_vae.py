@@ -6,6 +6,7 @@ Legend: B batch, C channels, T frames, H rows, W columns (of pixels or latents).
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -71,6 +72,8 @@ class HostedVAE(torch.nn.Module):
 
 class K5VAE(comfy.sd.VAE):
     """Core's VAE around one of our autoencoders (core's own constructor recognises published widths only)."""
+
+    file = ""  # name of the weights file
 
     def __init__(self, model: HostedVAE, spec: VAESpec, dtype: torch.dtype, disable_dynamic: bool) -> None:
         self.spec = spec
@@ -155,6 +158,7 @@ def load(path: str, dtype: str, disable_dynamic: bool = False) -> K5VAE:
     # Layers that cast: weights stay where core puts them, and follow the input's dtype and device.
     loaded = load_vae(path, ops=comfy.ops.manual_cast, dtype=held)
     vae = K5VAE(HostedVAE(loaded.vae), loaded.spec, held, disable_dynamic)
+    vae.file = Path(path).name
     vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return vae
 
@@ -170,7 +174,7 @@ def facts(vae: Any) -> VAEFacts | None:
     Stable Diffusion 3's has FLUX's very layers, so it cannot be told from it.
     """
     if isinstance(vae, K5VAE):
-        return VAEFacts(vae.spec.kind)
+        return VAEFacts(vae.spec.kind, vae.file)
     if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
         return None
     network = vae.first_stage_model

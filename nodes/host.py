@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kandinsky_core.io.latents import saved_latents
 from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text import TextFeatures
 from ..kandinsky_core.text.tokens import CLIP_TOKENS
@@ -40,6 +41,9 @@ DTYPES = (
 KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
 KNOWN_MASK = "concat_mask"  # [1,1,T,h,w]: 0 where known, 1 where generated
 KNOWN_EDIT = "concat_latent_image"  # raw latent [1,16,h,w] of the picture that an editing model changes
+
+LATENT_FACTS = "kandinsky5"  # key of a latent: {"variant", "fps", "seed"} of the run that made it, as far as known
+LATENTS = "latents"  # folder in the output folder where latents are kept before they are decoded
 
 
 SPARSE_HINT = (
@@ -105,6 +109,7 @@ class VAEFacts:
     """What nodes must know about a VAE of either origin."""
 
     kind: str  # "hunyuan" (video) or "flux" (image)
+    file: str = ""  # name of the weights file, "" where it is not known
 
 
 class Host(ABC):
@@ -127,6 +132,14 @@ class Host(ABC):
     @abstractmethod
     def directory(self, kind: str) -> Path:
         """Return the directory for `kind`: "input", "output", "temp" or "cache" (not created)."""
+
+    def latents(self) -> dict[str, Path]:
+        """Return the latents that can be loaded by name, newest first."""
+        return {path.name: path for path in saved_latents(self.directory("output") / LATENTS)}
+
+    @abstractmethod
+    def provenance(self, hidden: Any) -> dict[str, Any]:
+        """Return the metadata that a file saved by the running node carries; `hidden` is the node's `cls.hidden`."""
 
     # -- loading ----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
@@ -59,6 +60,13 @@ class ComfyHost(Host):
         if kind == "cache":
             return Path(folder_paths.get_system_user_directory("kandinsky5"))
         return Path(folder_paths.get_directory_by_type(kind))
+
+    def provenance(self, hidden: Any) -> dict[str, Any]:
+        """Return the prompt and the editor's workflow, as core's save nodes do."""
+        if comfy.cli_args.args.disable_metadata or hidden is None:
+            return {}
+        prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
+        return {**(hidden.extra_pnginfo or {}), **prompt}
 
     # -- loading ----------------------------------------------------------------------------------------------
 

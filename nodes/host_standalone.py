@@ -31,6 +31,7 @@ from .files import is_model_folder
 from .host import (
     KNOWN_EDIT,
     KNOWN_FRAMES,
+    LATENTS,
     SPARSE_HINT,
     Conditioning,
     EncodedText,
@@ -155,6 +156,14 @@ class StandaloneHost(Host):
             return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky5"
         return {"input": Path("input"), "output": self.output, "temp": self.output / "temp"}[kind]
 
+    def latents(self) -> dict[str, Path]:
+        """Return the latents that were named by path, then those in the output folder."""
+        return {**self.extra.get(LATENTS, {}), **super().latents()}
+
+    def provenance(self, hidden: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Return what the headless runner set for the running node."""
+        return dict(self.running.metadata)
+
     def _roots(self, folder: str) -> list[Path]:
         return [self.models / name for name in FOLDER_NAMES.get(folder, (folder,)) if (self.models / name).is_dir()]
 
@@ -200,7 +209,7 @@ class StandaloneHost(Host):
 
     def vae_facts(self, vae: Any) -> VAEFacts | None:
         """Return the kind of a VAE handle."""
-        return VAEFacts(vae.kind) if isinstance(vae, VAEHandle) else None
+        return VAEFacts(vae.kind, vae.path.name) if isinstance(vae, VAEHandle) else None
 
     def _dtype(self, name: str, path: Path, part: str = "transformer") -> torch.dtype:
         if name == "auto":

@@ -16,7 +16,16 @@ from ..kandinsky_core.sparse.report import summary
 from ..kandinsky_core.variants import Variant
 from .comfy_io import io
 from .conditioning import with_values
-from .host import KNOWN_EDIT, KNOWN_FRAMES, KNOWN_MASK, Conditioning, Latent, SampleRequest, host
+from .host import (
+    KNOWN_EDIT,
+    KNOWN_FRAMES,
+    KNOWN_MASK,
+    LATENT_FACTS,
+    Conditioning,
+    Latent,
+    SampleRequest,
+    host,
+)
 
 CATEGORY = "Kandinsky 5/sampling"
 AUTO, ON, OFF = "auto", "on", "off"
@@ -168,7 +177,8 @@ class K5Sample(io.ComfyNode):
             _attention_report(model),
             host().variant_note(model),
         )
-        return io.NodeOutput({**latent, "samples": samples}, "\n".join(filter(None, report)))
+        facts = {"variant": row.name, "fps": row.fps, "seed": seed}
+        return io.NodeOutput({**latent, "samples": samples, LATENT_FACTS: facts}, "\n".join(filter(None, report)))
 
 
 def _check_text(name: str, prompt: Conditioning, row: Variant) -> None:

@@ -89,6 +89,7 @@ class Schema:
     is_experimental: bool = False
     is_deprecated: bool = False
     not_idempotent: bool = False
+    hidden: list[str] = field(default_factory=list)
 
 
 class NodeOutput:
@@ -110,6 +111,8 @@ class NodeOutput:
 class ComfyNode:
     """Base of all nodes."""
 
+    hidden: Any = None  # in ComfyUI: the values of the schema's hidden inputs
+
     @classmethod
     def define_schema(cls) -> Schema:
         """Return the node's definition."""
@@ -127,6 +130,7 @@ class ComfyExtension:
 
 io = SimpleNamespace(
     Schema=Schema,
+    Hidden=SimpleNamespace(prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO"),
     ComfyNode=ComfyNode,
     NodeOutput=NodeOutput,
     Int=_io_type("INT", WidgetInput),

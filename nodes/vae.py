@@ -10,6 +10,7 @@ from ..kandinsky_core.errors import KandinskyError, ShapeError
 from ..kandinsky_core.shapes import MULTIPLE_PX, VAE_TEMPORAL, snap_frames, snap_side
 from .comfy_io import io
 from .host import Latent, host
+from .latents import HIDDEN, KEEP, kept
 
 CATEGORY = "Kandinsky 5/latent"
 
@@ -68,9 +69,11 @@ class K5VAEDecode(io.ComfyNode):
             search_aliases=["k5", "kandinsky", "vae decode"],
             inputs=[io.Vae.Input("vae"), io.Latent.Input("latent")],
             outputs=[io.Image.Output(display_name="image", tooltip="All frames, one clip after the other.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
     def execute(cls, vae: Any, latent: Latent) -> io.NodeOutput:
         """Decode."""
-        return io.NodeOutput(host().vae_decode(vae, latent["samples"]))
+        with kept(vae, latent, KEEP, cls.hidden):
+            return io.NodeOutput(host().vae_decode(vae, latent["samples"]))

@@ -93,7 +93,10 @@ def saved_latents(folder: Path) -> list[Path]:
 
 def read_latent(path: Path) -> SavedLatent:
     """Read a latent that this package or ComfyUI's Save Latent wrote; other files raise `CheckpointError`."""
-    checkpoint = open_checkpoint(path)
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} cannot be read as a latent. {error}") from error
     if not {TENSOR, UNSCALED} <= checkpoint.tensors.keys():
         raise CheckpointError(
             f"{path} is not a latent of today's format ({TENSOR} and {UNSCALED}). "

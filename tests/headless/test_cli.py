@@ -302,13 +302,14 @@ def test_a_prefix_outside_the_output_folder_is_refused_before_anything_runs(cli,
     assert "[1/" not in err
 
 
-def test_a_full_disk_ends_in_a_message_and_no_half_file(cli, tmp_path):
+def test_a_full_disk_ends_in_a_message_and_no_half_file(cli, tmp_path, caplog):
     with full_disk():
         code, _, err = generate(cli)
     assert code == 1
     assert "SaveVideo" in err
     assert "cannot be written" in err
-    assert not list(tmp_path.glob("output/*"))
+    assert not [path for path in tmp_path.glob("output/**/*") if path.is_file()]
+    assert "The latent is NOT safe" in caplog.text
 
 
 def test_lists_of_nodes_and_variants(cli):
@@ -318,3 +319,47 @@ def test_lists_of_nodes_and_variants(cli):
     code, out, _ = cli("variants")
     assert code == 0
     assert "kandinsky5lite_t2v_sft_5s.safetensors" in out
+
+
+def test_a_saved_latent_becomes_the_same_clip(cli, tmp_path):
+    assert generate(cli, "--seed", "5", "--quiet")[0] == 0
+    made = tmp_path / "output/kandinsky5_00001_.mp4"
+    code, out, err = cli("decode", "--device", "cpu")
+    assert code == 0 and out.strip().endswith("kandinsky5_00002_.mp4")
+    assert "64 × 48 pixels, 5 frames" in err and f"seed 5, VAE {tiny.VIDEO_VAE}" in err
+    again, first = read_video(out.strip()), read_video(made)
+    assert torch.equal(again.frames_THW3, first.frames_THW3) and again.fps == first.fps == 24
+    assert len(list((tmp_path / "output/latents").iterdir())) == 1  # the same latent is not kept twice
+
+
+def test_a_saved_latent_is_found_by_path_and_takes_other_settings(cli, tmp_path):
+    assert generate(cli, "--quiet")[0] == 0
+    latent = next((tmp_path / "output/latents").iterdir()).rename(tmp_path / "mine.latent")
+    assert cli("decode")[0] == 2  # none is left in the folder
+    code, out, _ = cli("decode", latent, "--vae", tiny.VIDEO_VAE, "--fps", "8", "--quiet")
+    assert code == 0 and read_video(out.strip()).fps == 8
+    code, _, err = cli("decode", "gone.latent")
+    assert code == 2 and "gone.latent is neither a file nor a latent" in err
+
+
+def test_a_saved_picture_becomes_a_picture(cli, tmp_path):
+    image = [*TINY, "--model", tiny.IMAGE, "--vae", tiny.IMAGE_VAE, "--steps", "1"]
+    assert cli("generate", "--prompt", "a lighthouse", *image, *SMALL, "--quiet")[0] == 0
+    code, out, _ = cli("decode", "--quiet")
+    assert code == 0
+    pictures = [read_image(tmp_path / f"output/kandinsky5_0000{n}_.png").pixels_1HW3 for n in (1, 2)]
+    assert torch.equal(*pictures)
+
+
+def test_a_failed_decode_names_the_latent_and_the_command_that_resumes(cli, tmp_path, monkeypatch):
+    from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
+
+    def fails(*_):
+        raise RuntimeError("the card fell off the bus")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(StandaloneHost, "vae_decode", fails)
+        code, _, err = generate(cli)
+    assert code == 1 and "RuntimeError: the card fell off the bus. The latent is safe: " in err
+    command = err.strip().rpartition("kandinsky5 ")[2].split()
+    assert command[0] == "decode" and cli(*command, "--quiet")[0] == 0

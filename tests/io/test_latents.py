@@ -9,7 +9,12 @@ import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError, MediaError
 from comfyui_kandinsky5.kandinsky_core.io import latents, save_checkpoint
-from comfyui_kandinsky5.kandinsky_core.io.latents import keep_latent, prune_latents, read_latent, saved_latents
+from comfyui_kandinsky5.kandinsky_core.io.latents import (
+    keep_latent,
+    prune_latents,
+    read_latent,
+    saved_latents,
+)
 from safetensors.torch import load_file
 
 FACTS = {"variant": "lite_i2v_5s", "fps": 24, "seed": 7}

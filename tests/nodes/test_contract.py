@@ -14,7 +14,7 @@ from comfyui_kandinsky5.nodes import comfy_entrypoint, node_list
 
 PACK = Path(__file__).parents[2]
 GOLDEN = PACK / "tests" / "golden" / "nodes.json"
-LISTS_OF_THE_HOST = {"model_name", "qwen_name", "clip_name", "vae_name", "sampler_name"}
+LISTS_OF_THE_HOST = {"model_name", "qwen_name", "clip_name", "vae_name", "sampler_name", "latent_name"}
 SHOWN = ("optional", "default", "min", "max", "step", "advanced", "multiline", "control_after_generate")
 
 
