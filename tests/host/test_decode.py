@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.io.latents import read_latent, saved_latents
 from tiny_graphs import node, save, text_to_video
@@ -17,7 +18,6 @@ def latents(server):
     for path in saved_latents(folder):
         path.unlink()
     return lambda: saved_latents(folder)
-
 
 
 def test_a_decoded_latent_is_kept_and_loaded_by_both_nodes(server, saved, latents):
@@ -43,8 +43,6 @@ def test_a_decoded_latent_is_kept_and_loaded_by_both_nodes(server, saved, latent
 
 
 def test_a_failed_decode_names_the_latent(server, latents):
-    import tiny
-
     graph = text_to_video(seed=22) | {"save": save(image=["decode", 0])}
     graph["vae"]["inputs"]["vae_name"] = tiny.IMAGE_VAE
     entry = server.finish(server.start(graph))
