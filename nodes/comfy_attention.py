@@ -9,12 +9,16 @@ Shapes: B batch, A heads, N visual tokens, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.patcher_extension
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..kandinsky_core.sparse.nabla import AttentionForward, AttentionRun
 from .comfy_model import TOKEN_ORDER, HostedCrossDiT
@@ -41,7 +45,8 @@ def run_of(model: Any) -> AttentionRun | None:
 
 def _around_run(run: AttentionRun) -> Callable[..., Any]:
     def wrapper(executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):
-        run.begin(sigmas.tolist())
+        # Core's trainer hands the indices of its samples over as sigmas: there are no steps then.
+        run.begin(() if comfy.model_management.in_training else sigmas.tolist())
         return executor(noise, latent, sampler, sigmas, *rest, **more)
 
     return wrapper
@@ -63,9 +68,32 @@ def _around_network(run: AttentionRun) -> Callable[..., Any]:
             options[TOKEN_ORDER] = forward.tiles.order_N
         options.pop("block_index", None)  # of an earlier call: text blocks come before the first visual one
         options[OVERRIDE] = Override(forward, is_ours, context.shape[1], options.get(OVERRIDE))
-        return executor(x, timestep, context, *rest, **(more | {"transformer_options": options}))
+        told = is_ours or not torch.is_grad_enabled()
+        with nullcontext() if told else _own_index(network.visual_transformer_blocks):
+            return executor(x, timestep, context, *rest, **(more | {"transformer_options": options}))
 
     return wrapper
+
+
+@contextmanager
+def _own_index(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Give each of core's blocks options of its own that say which one it is.
+
+    Core writes the index into one dictionary for all. A trainer that computes blocks again in the backward pass would
+    find the last block's index there.
+    """
+
+    def hook(index: int, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        return args, named | {"transformer_options": named["transformer_options"] | {"block_index": index}}
+
+    handles = [
+        block.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, block in enumerate(blocks)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def token_grid(x: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -83,7 +111,7 @@ class Override:
     is_ordered: bool  # tokens come in tile order
     text_tokens: int
     previous: Callable[..., Tensor] | None
-    last_block: int | None = field(default=None)  # whose self-attention has been seen
+    last_block: int | None = field(default=None)  # whose self-attention has been seen, and no attention to the text
 
     def __call__(self, original: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any):
         """Attend by blocks where this is visual self-attention, else by what would have been used."""
@@ -96,7 +124,6 @@ class Override:
         block = (more.get("transformer_options") or {}).get("block_index")
         if not self._is_visual(q, k, block, more):
             return fallback(q, k, v)
-        self.last_block = block
         keeps_shape = more.get("skip_output_reshape", False)
 
         def dense(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor) -> Tensor:
@@ -112,5 +139,9 @@ class Override:
         fits = more.get("skip_reshape", False) and q.ndim == 4 and q.shape[2] == k.shape[2] == tokens
         if block is None or not fits or more.get("mask") is not None:
             return False
-        # With as many text tokens as visual ones only the order of the calls tells them apart: self-attention first.
-        return tokens != self.text_tokens or block != self.last_block
+        if tokens != self.text_tokens:
+            return True
+        # Only the order of the calls tells them apart: in every block self-attention, then attention to the text.
+        is_self = block != self.last_block
+        self.last_block = block if is_self else None
+        return is_self

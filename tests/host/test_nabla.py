@@ -125,3 +125,27 @@ def test_report(server):
     assert data["tokens_thw"] == [3, 16, 24] and data["P"] == 0.4 and data["kernels"] == {"torch": 8}
     assert len(data["kept"]) == 2 and all(0.1 < share < 0.9 for step in data["kept"] for share in step)
     assert outputs["picture"]["images"]
+
+
+@pytest.mark.parametrize("loader", ["ours", "core"])
+def test_training_that_computes_blocks_again(server, saved, loader):
+    """With a dense block behind a sparse one, a block that is computed again must know which one it is."""
+    made = graph() if loader == "ours" else core_loader(graph())
+    made = with_nabla(made, dense_last_blocks=1)
+    tuned = []
+    for again in (False, True):
+        made["train"] = node(
+            "TrainLoraNode", model=["nabla", 0], latents=["sample", 0], positive=["text", 0], batch_size=1,
+            grad_accumulation_steps=1, steps=2, learning_rate=0.05, rank=2, optimizer="AdamW", loss_function="MSE",
+            seed=0, training_dtype="fp32", lora_dtype="fp32", quantized_backward=False, algorithm="LoRA",
+            gradient_checkpointing=again, checkpoint_depth=2, offloading=False, existing_lora="[None]",
+            bucket_mode=False, bypass_mode=False,
+        )  # fmt: skip
+        made["tuned"] = node(
+            "LoraModelLoader", model=["nabla", 0], lora=["train", 0], strength_model=1.0, bypass=False
+        )
+        made["second"] = {**made["sample"], "inputs": {**made["sample"]["inputs"], "model": ["tuned", 0]}}
+        made["save"] = save(latent=["second", 0])
+        tuned.append(saved(made)["latent"])
+    assert_close(tuned[1], tuned[0], atol=1e-4, rtol=1e-4)
+    assert (tuned[0] - saved(made | SAVE)["latent"]).abs().max() > 1e-3

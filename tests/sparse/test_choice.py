@@ -157,7 +157,9 @@ def test_candidates_by_dtype_and_size(monkeypatch):
     small, long = torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, choice.COMPILE_TOK, 16)
     assert Kernels().candidates(long) == ["torch"]
     assert Kernels().candidates(small.bfloat16()) == ["torch"]
-    assert Kernels().candidates(long.bfloat16()) == ["flex", "torch"]
+    for has_products, found in ((True, ["flex", "torch"]), (False, ["torch"])):
+        monkeypatch.setattr(choice.flex, "multiplies_16_bit", lambda has=has_products: has)
+        assert Kernels().candidates(long.bfloat16()) == found
     assert Kernels("triton").candidates(small) == ["triton", "torch"]
     monkeypatch.setattr(choice, "_has_triton", lambda: True)
     assert Kernels().candidates(long.to("meta")) == ["triton", "flex", "torch"]

@@ -24,7 +24,8 @@ logger = logging.getLogger("kandinsky5")
 AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE = "auto", "triton", "flex", "torch", "spargeattn", "dense"
 THRESHOLD = "triton selection"  # in the list of what was left
 NAMES = (AUTO, TRITON, FLEX, TORCH, SPARGE, DENSE)
-COMPILE_TOK = 16_384  # on a CPU a compilation (half a minute and more) pays from about here, and in 16 bits only
+# On a CPU a compilation (half a minute and more) pays from about here, and only where it multiplies 16-bit numbers.
+COMPILE_TOK = 16_384
 # What compilers, allocators and other packages' argument checks raise. A kernel's failure must not end a run.
 FAILURES = (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError, OSError)
 
@@ -80,10 +81,10 @@ class Kernels:
             return []
         if not q_BANE.is_cpu:
             found = [TRITON, FLEX, TORCH] if _has_triton() else [TORCH]  # compiling for a GPU goes through Triton, too
-        elif q_BANE.dtype.itemsize == 2 and q_BANE.shape[2] >= COMPILE_TOK:
+        elif q_BANE.dtype.itemsize == 2 and q_BANE.shape[2] >= COMPILE_TOK and flex.multiplies_16_bit():
             found = [FLEX, TORCH]
         else:
-            found = [TORCH]  # in float32 it is the fastest anyway
+            found = [TORCH]  # in float32, and where 16 bits are computed in it, the fastest anyway
         named = [] if self.wanted == AUTO else [self.wanted]
         return [name for name in dict.fromkeys((*named, *found)) if name not in self.left]
 

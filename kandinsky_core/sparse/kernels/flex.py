@@ -25,8 +25,18 @@ TILES = {"BLOCK_M": BLOCK_TOK, "BLOCK_N": BLOCK_TOK}
 def attend(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) -> Tensor:
     """Return attention of tile-ordered `q_BANE`, `k_BANE`, `v_BANE` over the kept blocks only."""
     q, k, v = (layout.tiles.pad(x) for x in (q_BANE, k_BANE, v_BANE))
+    if q.is_cpu and q.dtype.itemsize == 2 and not multiplies_16_bit():
+        # The kernel would convert every tile it multiplies, each time: one conversion is 1.6 times faster.
+        q, k, v = q.float(), k.float(), v.float()
     options = {} if q.is_cpu else {"kernel_options": TILES}
-    return layout.tiles.unpad(_compiled()(q, k, v, block_mask=block_mask(layout), **options))
+    out = _compiled()(q, k, v, block_mask=block_mask(layout), **options)
+    return layout.tiles.unpad(out.to(q_BANE.dtype))
+
+
+@cache
+def multiplies_16_bit() -> bool:
+    """Tell whether this processor has products of 16-bit numbers (AVX-512 BF16, AMX and the like)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def block_mask(layout: BlockLayout) -> Any:
