@@ -11,6 +11,8 @@ from comfyui_kandinsky5.kandinsky_core.errors import BackendUnavailable
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels import blockwise, flex, sparge, trial
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels.gradient import with_gradient
 from comfyui_kandinsky5.kandinsky_core.sparse.kernels.trial import masked, relative_error
+from comfyui_kandinsky5.kandinsky_core.sparse.selection import select
+from comfyui_kandinsky5.kandinsky_core.sparse.window import sliding_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +28,18 @@ GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 26), st.integers(1, 26))
 def test_blockwise(grid, batch, heads, kept, seed, width):
     case = problem(grid, batch=batch, heads=heads, kept=kept, seed=seed, width=width)
     assert relative_error(blockwise.attend(*case.tensors(), case.layout), masked(*case.tensors(), case.layout)) <= 2e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(GRIDS, st.integers(1, 3), st.floats(0, 1), st.tuples(*[st.integers(0, 4)] * 3), st.integers(0, 99))
+def test_blocks_that_nabla_selects(grid, heads, mass, window_thw, seed):
+    case = problem(grid, heads=heads, seed=seed)
+    layout = select(case.q, case.k, case.layout.tiles, mass, sliding_window(case.layout.tiles, window_thw))
+    assert (layout.counts_R >= 1).all()
+    out = blockwise.attend(*case.tensors(), layout)
+    assert relative_error(out, masked(*case.tensors(), layout)) <= 2e-6
+    if mass == 1:
+        assert relative_error(out, F.scaled_dot_product_attention(*case.tensors())) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
