@@ -75,8 +75,8 @@ def inputs(of: CrossDiTSpec, grid: tuple[int, int, int], text_tok: int, dtype: t
     return latent, text, torch.randn(1, of.in_text_dim2).to(dtype), torch.tensor([500.0])
 
 
-def diffusers_forward(ours: CrossDiT, args: Inputs, grid: tuple[int, int, int]) -> Forward:
-    """Return diffusers' forward on our weights."""
+def diffusers_model(ours: CrossDiT) -> nn.Module:
+    """Return diffusers' model on our weights."""
     from diffusers import Kandinsky5Transformer3DModel
 
     of = ours.spec
@@ -94,9 +94,14 @@ def diffusers_forward(ours: CrossDiT, args: Inputs, grid: tuple[int, int, int]) 
         visual_cond=of.visual_cond,
     ).eval()
     peer.load_state_dict(ours.state_dict(), assign=True)
+    return peer
+
+
+def diffusers_forward(peer: nn.Module, args: Inputs, grid: tuple[int, int, int]) -> Forward:
+    """Return the forward of diffusers' model."""
     latent, text, pooled, time = args
-    places = [torch.arange(length) for length in grid]
-    text_places = torch.arange(text.shape[1])
+    places = [torch.arange(length, device=latent.device) for length in grid]
+    text_places = torch.arange(text.shape[1], device=latent.device)
     return lambda: peer(latent, text, time, pooled, places, text_places, scale_factor=ROPE_SCALE).sample
 
 
@@ -168,7 +173,7 @@ def main() -> None:
                 args = inputs(ours.spec, grid, text_tok, dtype)
                 runs: dict[str, Forward] = {"ours": lambda m=ours, a=args: m(*a, rope_scale=ROPE_SCALE)}
                 if importlib.util.find_spec("diffusers"):
-                    runs["diffusers"] = diffusers_forward(ours, args, grid)
+                    runs["diffusers"] = diffusers_forward(diffusers_model(ours), args, grid)
                 if options.comfyui is not None:
                     runs["comfyui"] = comfyui_forward(ours, args, dtype)
                 record = {

@@ -35,6 +35,7 @@ from ..kandinsky_core.io.checkpoint import Checkpoint
 from ..kandinsky_core.io.header import TensorInfo
 from ..kandinsky_core.model import CrossDiT
 from ..kandinsky_core.model.attention import Attend
+from ..kandinsky_core.model.layers import Modulate, computed
 from ..kandinsky_core.variants import (
     FLUX_VAE,
     HUNYUAN_VAE,
@@ -146,7 +147,7 @@ class HostedCrossDiT(CrossDiT):
 
     def run_blocks(
         self, x_BND: Tensor, text_BLD: Tensor, time_BE: Tensor, rope_NP2: Tensor, attend: Sequence[HostAttend],
-        attend_text: Attend, on_block: Any = None,
+        attend_text: Attend, on_block: Any = None, modulate: Modulate = computed,
     ) -> Tensor:  # fmt: skip
         """Run the visual blocks, or what nodes have put in their place (`patches_replace`)."""
         options = attend[0].options
@@ -154,14 +155,14 @@ class HostedCrossDiT(CrossDiT):
         if not any(
             ("double_block", index) in patches for index in range(len(self.visual_transformer_blocks))
         ):
-            return super().run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block)
+            return super().run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate)
         total = len(self.visual_transformer_blocks)
         for index, block in enumerate(self.visual_transformer_blocks):
             on_block(index, total)
 
             def original(args: dict[str, Any], block: Any = block, index: int = index) -> dict[str, Tensor]:
                 state = (args["x"], args["context"], args["time_embed"], args["freqs"])
-                return {"x": block(*state, HostAttend(args["transformer_options"], index), attend_text)}
+                return {"x": block(*state, HostAttend(args["transformer_options"], index), attend_text, modulate)}
 
             args = {
                 "x": x_BND, "context": text_BLD, "time_embed": time_BE, "freqs": rope_NP2,

@@ -21,10 +21,17 @@ from torch import Tensor
 
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
-from ..kandinsky_core.model import dense
+from ..kandinsky_core.io.mapped import mapping_dtype
+from ..kandinsky_core.memory.cargo import in_dtype
+from ..kandinsky_core.memory.plan import Plan
+from ..kandinsky_core.memory.ram import free_ram_bytes
+from ..kandinsky_core.memory.stream import BlockStream
+from ..kandinsky_core.model import CrossDiT, dense
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
+from ..kandinsky_core.sampling.flow import Velocity
+from ..kandinsky_core.sampling.streaming import stream_transformer, streams_blocks, tabulate
 from ..kandinsky_core.sparse.nabla import AttentionRun, options
-from ..kandinsky_core.text import load_text_encoder
+from ..kandinsky_core.text import TextEncoder, load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.variants import Variant
 from .files import is_model_folder
@@ -49,6 +56,7 @@ logger = logging.getLogger("kandinsky5")
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 WEIGHTS_SUFFIX = ".safetensors"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+PINNED_SHARE = 0.5  # of the free main memory: page-locked copies of streamed blocks may take it
 CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
 ONLY_IN_COMFYUI = {  # keys of a latent that change the result there, and what to do without them
     "noise_mask": "take the mask off the latent",
@@ -65,6 +73,7 @@ class ModelHandle:
     variant: Variant
     dtype: torch.dtype
     attention: AttentionRun | None = field(default=None, compare=False)  # the weights are the same with and without
+    plan: Plan | None = None  # None: all weights on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,7 @@ class TextHandle:
     clip: Path
     tokenizer: Path | None
     dtype: torch.dtype
+    plan: Plan | None = None  # None: all weights on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,7 @@ class StandaloneHost(Host):
         self.facts: dict[str, dict[str, Any]] = {}  # what was loaded and sampled, by the node that did it
         self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
         self._resident: tuple[Hashable, Any] | None = None
+        self._streams: list[BlockStream] = []  # of what is loaded
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -224,9 +235,38 @@ class StandaloneHost(Host):
     def _load(self, handle: Hashable, load: Callable[[], Any]) -> Any:
         """Return what `handle` stands for, dropping what was loaded before: one heavy model in memory at a time."""
         if self._resident is None or self._resident[0] != handle:
-            self._resident = None  # freed before the next one is read
+            self._drop()  # freed before the next one is read
             self._resident = (handle, load())
         return self._resident[1]
+
+    def _drop(self) -> None:
+        """Give back what was loaded; a stream and its model hold each other, so it is taken off first."""
+        while self._streams:
+            self._streams.pop().close()
+        self._resident = None
+
+    def _transformer(self, model: ModelHandle) -> CrossDiT:
+        """Load a transformer as its plan says: onto the device, or mapped with blocks that visit it."""
+        row, plan = model.variant, model.plan
+        if not streams_blocks(row.spec, plan):
+            return load_crossdit(model.path, variant=row.name, dtype=model.dtype, device=self.device).model
+        dtype = mapping_dtype(open_checkpoint(model.path), model.dtype)
+        transformer = load_crossdit(model.path, variant=row.name, dtype=dtype).model
+        pinned_bytes = int(free_ram_bytes() * PINNED_SHARE)
+        self._streams.append(stream_transformer(
+            transformer, plan, self.device, dtype_of=in_dtype(model.dtype), pinned_bytes=pinned_bytes, lean=True
+        ))  # fmt: skip
+        return transformer
+
+    def _text_encoder(self, clip: TextHandle) -> TextEncoder:
+        streamed = clip.plan is not None and clip.plan.streams_text
+        # No page-locked copies: a prompt reads every layer once or twice, and making them would read all of them, too.
+        encoder = load_text_encoder(
+            clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, device=self.device,
+            streamed=streamed, prefetch=clip.plan.prefetch if streamed else 1,
+        )  # fmt: skip
+        self._streams += encoder.streams
+        return encoder
 
     def _autoencoder(self, vae: VAEHandle) -> Any:
         return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)
@@ -243,7 +283,7 @@ class StandaloneHost(Host):
         text = encode_cached(
             EmbeddingCache(self.directory("cache") / "text"),
             encoder_hash(clip.qwen, clip.clip, **options),
-            lambda: self._load(clip, lambda: load_text_encoder(clip.qwen, clip.clip, device=self.device, **options)),
+            lambda: self._load(clip, lambda: self._text_encoder(clip)),
             prompt,
             template,
             images=shown(images),
@@ -267,16 +307,14 @@ class StandaloneHost(Host):
                     f"Run this in ComfyUI, or {remedy}."
                 )
         row = model.variant
-        transformer = self._load(model, lambda: load_crossdit(
-            model.path, variant=row.name, dtype=model.dtype, device=self.device
-        ).model)  # fmt: skip
+        transformer = self._load(model, lambda: self._transformer(model))
         raw = request.latent["samples"]
         is_image = raw.ndim == 4
         raw_BCTHW = raw.unsqueeze(2) if is_image else raw
         start_BCTHW = raw_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor
         known = self._known(request.positive, row)
         rope_scale = row.rope_at(*start_BCTHW.shape[3:])
-        velocity = self._guided(transformer, model, request, known, rope_scale)
+        velocity = self._guided(transformer, model, request, known, rope_scale, len(start_BCTHW))
         steps = len(request.sigmas) - 1
         self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
         progress = self.progress(steps)
@@ -293,23 +331,30 @@ class StandaloneHost(Host):
 
     def _guided(
         self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known,
-        rope_scale: tuple[float, float, float],
-    ) -> Any:  # fmt: skip
+        rope_scale: tuple[float, float, float], batch: int,
+    ) -> Velocity:  # fmt: skip
         run, blocks = model.attention, model.variant.spec.num_visual_blocks
+        texts = [_text(given) for given in (request.positive, request.negative) if given is not None]
+        # The weights of the modulation do not travel: their vectors are known before the first step.
+        table = None if not self._streams else tabulate(
+            transformer, request.sigmas[:-1], texts, self.device, batch=batch, dtype=model.dtype,
+            dtype_of=in_dtype(model.dtype),
+        )  # fmt: skip
 
-        def attention(token_thw: tuple[int, int, int], t: Tensor) -> dict[str, object]:
-            return options(run.forward(token_thw, blocks, float(t), self.device), blocks, dense)
+        def velocity(place: int) -> Velocity:
+            def at(token_thw: tuple[int, int, int], t: Tensor) -> dict[str, object]:
+                found = {} if run is None else options(
+                    run.forward(token_thw, blocks, float(t), self.device), blocks, dense
+                )  # fmt: skip
+                return found if table is None else found | {"modulate": table.at((float(t), place))}
 
-        def velocity(conditioning: Conditioning) -> Any:
             return velocity_of(
-                transformer, _text(conditioning), dtype=model.dtype, rope_scale=rope_scale, known=known,
-                options_at=None if run is None else attention,
+                transformer, texts[place], dtype=model.dtype, rope_scale=rope_scale, known=known, options_at=at
             )  # fmt: skip
 
         if run is not None:
             run.begin(request.sigmas.tolist())
-        null = None if request.negative is None else velocity(request.negative)
-        return guide(velocity(request.positive), null, request.guidance)
+        return guide(velocity(0), velocity(1) if len(texts) > 1 else None, request.guidance)
 
     def _known(self, conditioning: Conditioning, row: Variant) -> Known:
         def given(key: str) -> Tensor | None:

@@ -2,13 +2,16 @@
 
 from .attention import Attend, Attention, dense, masked
 from .crossdit import CrossDiT, OnBlock, TextBlock, VisualBlock
-from .layers import Ops
+from .layers import Modulate, Ops
+from .modulation import ModulationTable
 from .rope import rope_1d, rope_3d, rotate
 
 __all__ = [
     "Attend",
     "Attention",
     "CrossDiT",
+    "Modulate",
+    "ModulationTable",
     "OnBlock",
     "Ops",
     "TextBlock",

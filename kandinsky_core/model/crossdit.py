@@ -6,7 +6,7 @@ E time width, P rotary pairs of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from ..variants import CrossDiTSpec
 from .attention import Attend, Attention, dense, masked
 from .layers import (
     FeedForward,
+    Modulate,
     Modulation,
     Ops,
     OutLayer,
     TextEmbeddings,
     TimeEmbeddings,
     VisualEmbeddings,
+    computed,
     gated_residual,
     modulated_norm,
 )
@@ -41,9 +43,17 @@ class TextBlock(nn.Module):
         self.self_attention = Attention(spec.model_dim, spec.head_dim, ops, **factory)
         self.feed_forward = FeedForward(spec.model_dim, spec.ff_dim, ops, **factory)
 
-    def forward(self, x_BLD: Tensor, time_BE: Tensor, rope_LP2: Tensor, attend: Attend = dense) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        time_BE: Tensor,
+        rope_LP2: Tensor,
+        attend: Attend = dense,
+        modulate: Modulate = computed,
+    ) -> Tensor:
         """Return refined text tokens `[B,L,D]`."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.text_modulation(time_BE).chunk(6, dim=-1)
+        vectors_BV = modulate(self.text_modulation, time_BE)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors_BV.chunk(6, dim=-1)
         x_BLD = _attended(self.self_attention, x_BLD, shift, scale, gate, attend, rope=rope_LP2)
         return gated_residual(x_BLD, self.feed_forward(modulated_norm(x_BLD, ff_shift, ff_scale)), ff_gate)
 
@@ -66,9 +76,10 @@ class VisualBlock(nn.Module):
         rope_NP2: Tensor,
         attend: Attend = dense,
         attend_text: Attend = dense,
+        modulate: Modulate = computed,
     ) -> Tensor:
         """Return the next visual tokens `[B,N,D]`; the input tensor is left as it is."""
-        own, cross, ff = self.visual_modulation(time_BE).chunk(3, dim=-1)
+        own, cross, ff = modulate(self.visual_modulation, time_BE).chunk(3, dim=-1)
         x_BND = _attended(self.self_attention, x_BND, *own.chunk(3, dim=-1), attend, rope=rope_NP2)
         x_BND = _attended(self.cross_attention, x_BND, *cross.chunk(3, dim=-1), attend_text, context=text_BLD)
         shift, scale, gate = ff.chunk(3, dim=-1)
@@ -119,13 +130,15 @@ class CrossDiT(nn.Module):
         attend: Attend | Sequence[Attend] = dense,
         order_N: Tensor | None = None,
         on_block: OnBlock | None = None,
+        modulate: Modulate = computed,
     ) -> Tensor:
         """Return the velocity `[B,T,H,W,16]` in the dtype of `x_BTHWC`.
 
         `time_B` is the flow time already multiplied by 1000, float32. `text_mask_BL` is True at real tokens.
         `rope_scale` divides the positions along time, height, width. `attend` is visual self-attention: one value,
         or one per visual block. `order_N` holds the raster index of the visual token at each place: the blocks see
-        the tokens in that order (block-sparse attention wants tiles), the result comes back in raster order.
+        the tokens in that order (block-sparse attention wants tiles), the result comes back in raster order. `modulate`
+        gives the modulations' vectors: by calling them, or from a table made beforehand.
         """
         token_thw = self.token_grid(x_BTHWC)
         batches = [len(given) for given in (x_BTHWC, text_BLD, pooled_BP, time_B)]
@@ -136,15 +149,17 @@ class CrossDiT(nn.Module):
             )
         attend_text = masked(text_mask_BL)
         time_BE = self.embed_time(time_B, pooled_BP)
-        text_BLD = self.refine_text(text_BLD, time_BE, attend_text)
+        text_BLD = self.refine_text(text_BLD, time_BE, attend_text, modulate)
         rope_NP2 = rope_3d(token_thw, self.spec.axes_dims, rope_scale, x_BTHWC.device)
         x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3)
         if order_N is not None:
             x_BND, rope_NP2 = x_BND.index_select(1, order_N), rope_NP2.index_select(0, order_N)
-        x_BND = self.run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block)
+        x_BND = self.run_blocks(
+            x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate
+        )
         if order_N is not None:
             x_BND = x_BND.index_select(1, order_N.argsort())
-        return self.out_layer(x_BND, time_BE, token_thw)
+        return self.out_layer(x_BND, time_BE, token_thw, modulate)
 
     def token_grid(self, x_BTHWC: Tensor) -> tuple[int, int, int]:
         """Return the (frames, rows, columns) of tokens of a latent; raise `ShapeError` if it does not fit."""
@@ -163,16 +178,24 @@ class CrossDiT(nn.Module):
         t, h, w = (side // step for side, step in zip(sides, patch, strict=True))
         return t, h, w
 
+    def modulations(self) -> Iterator[Modulation]:
+        """Yield all modulations in the order in which an evaluation calls them."""
+        yield from (block.text_modulation for block in self.text_transformer_blocks)
+        yield from (block.visual_modulation for block in self.visual_transformer_blocks)
+        yield self.out_layer.modulation
+
     def embed_time(self, time_B: Tensor, pooled_BP: Tensor) -> Tensor:
         """Return the float32 vector `[B,E]` of time and pooled text that modulates every block."""
         return self.time_embeddings(time_B) + self.pooled_text_embeddings(pooled_BP)
 
-    def refine_text(self, text_BLD: Tensor, time_BE: Tensor, attend: Attend = dense) -> Tensor:
+    def refine_text(
+        self, text_BLD: Tensor, time_BE: Tensor, attend: Attend = dense, modulate: Modulate = computed
+    ) -> Tensor:
         """Embed text features and run the text blocks; every visual block reads the result."""
         text_BLD = self.text_embeddings(text_BLD)
         rope_LP2 = rope_1d(text_BLD.shape[1], self.spec.head_dim, text_BLD.device)
         for block in self.text_transformer_blocks:
-            text_BLD = block(text_BLD, time_BE, rope_LP2, attend)
+            text_BLD = block(text_BLD, time_BE, rope_LP2, attend, modulate)
         return text_BLD
 
     def run_blocks(
@@ -184,6 +207,7 @@ class CrossDiT(nn.Module):
         attend: Attend | Sequence[Attend] = dense,
         attend_text: Attend = dense,
         on_block: OnBlock | None = None,
+        modulate: Modulate = computed,
     ) -> Tensor:
         """Run the visual blocks in order. Hosts override this to replace, stream or skip blocks.
 
@@ -196,7 +220,7 @@ class CrossDiT(nn.Module):
         ):
             if on_block is not None:
                 on_block(index, total)
-            x_BND = block(x_BND, text_BLD, time_BE, rope_NP2, block_attend, attend_text)
+            x_BND = block(x_BND, text_BLD, time_BE, rope_NP2, block_attend, attend_text, modulate)
         return x_BND
 
 

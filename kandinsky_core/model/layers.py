@@ -11,7 +11,7 @@ feed-forward, run over pieces of the tokens, so that float32 copies of whole act
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -180,6 +180,15 @@ class Modulation(nn.Module):
         return linear_float32(self.out_layer, F.silu(time_BE))
 
 
+Modulate = Callable[[Modulation, Tensor], Tensor]
+"""(a modulation of the model, time_BE) -> its vectors `[B, count*D]`: how and when they are computed."""
+
+
+def computed(modulation: Modulation, time_BE: Tensor) -> Tensor:
+    """Compute the vectors where they are used."""
+    return modulation(time_BE)
+
+
 class FeedForward(nn.Module):
     """Linear, exact GELU, Linear; no biases."""
 
@@ -225,9 +234,11 @@ class OutLayer(nn.Module):
         self.modulation = Modulation(time_dim, model_dim, 2, ops, **factory)
         self.out_layer = ops.Linear(model_dim, math.prod(patch) * channels, **factory)
 
-    def forward(self, x_BND: Tensor, time_BE: Tensor, token_thw: tuple[int, int, int]) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, time_BE: Tensor, token_thw: tuple[int, int, int], modulate: Modulate = computed
+    ) -> Tensor:
         """Return the velocity `[B,T,H,W,channels]`; a token holds channel, frame, row, column in this order."""
-        shift_BD, scale_BD = self.modulation(time_BE).chunk(2, dim=-1)
+        shift_BD, scale_BD = modulate(self.modulation, time_BE).chunk(2, dim=-1)
         x = self.out_layer(modulated_norm(x_BND, shift_BD, scale_BD))
         x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, token_thw)
         return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)

@@ -24,8 +24,8 @@ ROOMS = {
     "sparse": set(),
     "model": set(),
     "vae": set(),
-    "text": {"io"},  # the towers read their files through io's checkpoint reader
-    "sampling": {"model"},
+    "text": {"io", "memory"},  # the towers read their files through io's checkpoint reader, and may be streamed
+    "sampling": {"model", "memory"},
     "io": {"model", "vae"},
     "memory": {"vae"},
     "train": {"model", "sampling"},
