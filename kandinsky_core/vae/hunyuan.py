@@ -44,10 +44,10 @@ class CausalConv3d(nn.Module):
             return self.conv(x_BCTHW)
         space = (self.margin,) * 4
         if x_BCTHW.shape[2] == 1 and type(self.conv) is nn.Conv3d:
-            return self._one_frame(F.pad(x_BCTHW.squeeze(2), space, mode="replicate")).unsqueeze(2)
+            return self.one_frame(F.pad(x_BCTHW.squeeze(2), space, mode="replicate")).unsqueeze(2)
         return self.conv(F.pad(x_BCTHW, (*space, 2 * self.margin, 0), mode="replicate"))
 
-    def _one_frame(self, x_BCHW: Tensor) -> Tensor:
+    def one_frame(self, x_BCHW: Tensor) -> Tensor:
         # A single frame meets every temporal tap, so their sum is the same convolution at a third of the work.
         # Only for torch's own layer: a host's layer may hold its weight elsewhere or in another form.
         weight = self.conv.weight.sum(2, dtype=torch.promote_types(self.conv.weight.dtype, torch.float32))
@@ -136,13 +136,18 @@ class HunyuanVideoVAE(nn.Module):
 
         Without a plan up to 5 latent frames go in one pass and longer clips in the released windows.
         """
-        if z_BCTHW.ndim != 5 or z_BCTHW.shape[1] != self.spec.latent_channels or 0 in z_BCTHW.shape[2:]:
-            raise ShapeError(
-                f"A video latent is [batch, {self.spec.latent_channels}, frames, rows, columns], "
-                f"at least one of each; got {list(z_BCTHW.shape)}."
-            )
+        check_latent(z_BCTHW, self.spec)
         plan = plan or reference_plan(*z_BCTHW.shape[2:])
         return run_plan(plan, z_BCTHW, lambda z: self.decoder(self.post_quant_conv(z)), DECODE, on_tile)
+
+
+def check_latent(z_BCTHW: Tensor, spec: VAESpec) -> None:
+    """Raise `ShapeError` unless the latent is `[B,16,n,h,w]`."""
+    if z_BCTHW.ndim != 5 or z_BCTHW.shape[1] != spec.latent_channels or 0 in z_BCTHW.shape[2:]:
+        raise ShapeError(
+            f"A video latent is [batch, {spec.latent_channels}, frames, rows, columns], "
+            f"at least one of each; got {list(z_BCTHW.shape)}."
+        )
 
 
 def check_pixels(x_BCTHW: Tensor) -> None:

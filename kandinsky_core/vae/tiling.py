@@ -149,7 +149,7 @@ def run_plan(
 ) -> Tensor:
     """Run `once` on every piece of `x_BCTHW` and join the pieces; calls `on_tile` after each pass."""
     frames, rows, columns = plan.latent_thw
-    wanted = (_first_frame(frames, way.time_in), rows * way.space_in, columns * way.space_in)
+    wanted = (first_frame(frames, way.time_in), rows * way.space_in, columns * way.space_in)
     if tuple(x_BCTHW.shape[2:]) != wanted:
         raise ShapeError(
             f"The plan covers {wanted} frames, rows and columns, the tensor has {tuple(x_BCTHW.shape[2:])}. "
@@ -167,21 +167,21 @@ def run_plan(
 
     clip = x_BCTHW.new_empty(0)  # made when the first piece shows its channels
     for window in plan.time:
-        start, stop = window.start * way.time_in, _first_frame(window.stop, way.time_in)
-        piece = _assemble(plan, x_BCTHW[:, :, start:stop], counted, way)
+        start, stop = window.start * way.time_in, first_frame(window.stop, way.time_in)
+        piece = assemble(plan, x_BCTHW[:, :, start:stop], counted, way)
         if len(plan.time) == 1:
             return piece
         if not clip.numel():
-            clip = piece.new_empty(*piece.shape[:2], _first_frame(frames, way.time_out), *piece.shape[3:])
-        piece = piece[:, :, _first_frame(window.lead, way.time_out) :]
-        begin = _first_frame(window.start + window.lead, way.time_out)
+            clip = piece.new_empty(*piece.shape[:2], first_frame(frames, way.time_out), *piece.shape[3:])
+        piece = piece[:, :, first_frame(window.lead, way.time_out) :]
+        begin = first_frame(window.start + window.lead, way.time_out)
         blend = window.blend * way.time_out
-        _fade(clip[:, :, : begin + blend], piece, blend, dim=2)
+        fade(clip[:, :, : begin + blend], piece, blend, dim=2)
         clip[:, :, begin : begin + piece.shape[2]] = piece
     return clip
 
 
-def _assemble(plan: Plan, x_BCTHW: Tensor, once: Callable[[Tensor], Tensor], way: Direction) -> Tensor:
+def assemble(plan: Plan, x_BCTHW: Tensor, once: Callable[[Tensor], Tensor], way: Direction) -> Tensor:
     """Run one window tile by tile; each tile fades with the finished tile above it, then with the one to its left."""
     _, rows, columns = plan.latent_thw
     frame = x_BCTHW.new_empty(0)  # made when the first tile shows its channels
@@ -196,16 +196,16 @@ def _assemble(plan: Plan, x_BCTHW: Tensor, once: Callable[[Tensor], Tensor], way
             if not frame.numel():
                 frame = tile.new_empty(*tile.shape[:3], rows * way.space_out, columns * way.space_out)
             if column in above:
-                _fade(above[column], tile, row.blend * way.space_out, dim=-2)
+                fade(above[column], tile, row.blend * way.space_out, dim=-2)
             if left is not None:
-                _fade(left, tile, column.blend * way.space_out, dim=-1)
+                fade(left, tile, column.blend * way.space_out, dim=-1)
             y, x = (slice(span.start * way.space_out, span.stop * way.space_out) for span in (row, column))
             frame[..., y, x] = tile
             above[column] = left = tile
     return frame
 
 
-def _fade(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
+def fade(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
     """Fade the last `extent` cells of `before` into the first of `after`, in place; its very first stays `before`."""
     if extent:
         head = after.narrow(dim, 0, extent)
@@ -216,6 +216,6 @@ def _fade(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
         head.copy_(torch.lerp(tail, head, weight))
 
 
-def _first_frame(cell: int, step: int) -> int:
+def first_frame(cell: int, step: int) -> int:
     """Index of the first frame of latent frame `cell`: the first cell is one frame, the others `step`."""
     return step * (cell - 1) + 1 if cell else 0

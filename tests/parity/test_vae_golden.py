@@ -154,7 +154,7 @@ def last_tap_only(monkeypatch, vae):
     def one_frame(self, x):
         return F.conv2d(x, self.conv.weight[:, :, -1], self.conv.bias, self.conv.stride[1:])
 
-    monkeypatch.setattr(hunyuan.CausalConv3d, "_one_frame", one_frame)
+    monkeypatch.setattr(hunyuan.CausalConv3d, "one_frame", one_frame)
 
 
 def swapped_query_and_value(monkeypatch, vae):
@@ -176,7 +176,7 @@ def shifted_fade(monkeypatch, vae):
             shape[dim] = extent
             head.copy_(torch.lerp(tail, head, (torch.arange(1, extent + 1) / extent).view(shape)))
 
-    monkeypatch.setattr(tiling, "_fade", fade)
+    monkeypatch.setattr(tiling, "fade", fade)
 
 
 def no_windows(monkeypatch, vae):

@@ -1,0 +1,147 @@
+"""Statistics as values, and the short form of the upsamplers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_kandinsky5.kandinsky_core.errors import ShapeError
+from comfyui_kandinsky5.kandinsky_core.vae.causal import StreamedUp
+from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import CausalConv3d, Upsampler
+from comfyui_kandinsky5.kandinsky_core.vae.region import Region
+from comfyui_kandinsky5.kandinsky_core.vae.sampled import sample_windows, sampled_latents
+from comfyui_kandinsky5.kandinsky_core.vae.statistics import (
+    Given,
+    GroupMoments,
+    Norm,
+    Recorded,
+    Running,
+    Seen,
+    Statistics,
+    measure,
+)
+from tiny_vae import Own
+from torch import nn
+from torch.testing import assert_close
+
+WHOLE = Region(0, 4, 0, 6)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def seen(x, rate=1, core=WHOLE):
+    return Seen("norm", 4, x, core, rate)
+
+
+def normalised(norm, x, moments, silu=True):
+    out = torch.full_like(x, torch.nan)
+    Norm("norm", norm, x).write(x, moments, out, silu=silu)
+    return out
+
+
+@pytest.mark.parametrize("channels", [4, 12, 96])
+def test_measured_moments_make_the_group_norm(channels):
+    norm = nn.GroupNorm(4, channels, eps=1e-6, dtype=torch.float64).requires_grad_(False)
+    norm.weight.uniform_(0.5, 1.5)
+    norm.bias.uniform_(-0.5, 0.5)
+    x = torch.randn(2, channels, 3, 4, 6, dtype=torch.float64) * 3 + 5
+    assert_close(normalised(norm, x, measure(x, 4)), nn.functional.silu(norm(x)))
+    assert_close(normalised(norm, x, measure(x, 4), silu=False), norm(x))
+
+
+def test_parts_merge_to_the_whole_by_their_counts():
+    x = torch.randn(2, 12, 7, 4, 6, dtype=torch.float64) + torch.arange(7).view(7, 1, 1)
+    whole, source = measure(x, 4), Recorded()
+    for part in (x[:, :, :1], x[:, :, 1:3], x[:, :, 3:]):
+        source.begin()
+        source.moments(seen(part))
+        source.begin()  # the step failed and runs again
+        source.moments(seen(part))
+        source.commit()
+    merged = source.statistics.moments["norm"]
+    assert merged.count == whole.count
+    assert_close((merged.mean_BG, merged.spread_BG), (whole.mean_BG, whole.spread_BG))
+
+
+def test_context_around_a_piece_is_not_counted():
+    x = torch.randn(1, 8, 2, 4, 6, dtype=torch.float64)
+    source, core = Recorded(), Region(1, 3, 2, 6)
+    got, wanted = source.moments(seen(x, core=core)), measure(x[..., 1:3, 2:6], 4)
+    assert got.count == wanted.count == 2 * 2 * 2 * 4 and torch.equal(got.mean_BG, wanted.mean_BG)
+
+
+def test_recording_under_fixed_statistics_returns_those():
+    fixed = GroupMoments(1, torch.zeros(1, 4), torch.ones(1, 4))
+    source = Recorded(Statistics({"norm": fixed}))
+    source.begin()
+    assert source.moments(seen(torch.randn(1, 8, 2, 4, 6))) is fixed
+    source.commit()
+    assert source.statistics.moments["norm"].count == 2 * 2 * 4 * 6
+
+
+@pytest.mark.parametrize("rate", [1, 4])
+def test_a_running_window_is_17_latent_frames_long_or_a_little_more(rate):
+    frames, step = torch.randn(1, 8, 40 * rate, 4, 6, dtype=torch.float64), 2 * rate
+    source = Running()
+    for start in range(0, 40 * rate, step):
+        source.begin()
+        moments = source.moments(seen(frames[:, :, start : start + step], rate))
+        source.commit()
+    assert_close(moments.mean_BG, measure(frames[:, :, -18 * rate :], 4).mean_BG)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_input_keeps_float32_moments(dtype):
+    x = (torch.randn(1, 64, 3, 8, 12) + 30).to(dtype)
+    norm = nn.GroupNorm(4, 64, eps=1e-6).requires_grad_(False).to(dtype)
+    moments = measure(x, 4)
+    assert moments.mean_BG.dtype == torch.float32
+    wanted = nn.functional.group_norm(x.float(), 4, norm.weight.float(), norm.bias.float(), 1e-6)
+    assert_close(normalised(norm, x, moments, silu=False).float(), wanted, atol=0.02, rtol=0.01)
+
+
+def test_statistics_of_another_shape_are_refused():
+    norm, x = nn.GroupNorm(4, 8), torch.randn(2, 8, 1, 4, 6)
+    for moments in (measure(x, 2), measure(x.repeat(2, 1, 1, 1, 1), 4)):
+        with pytest.raises(ShapeError, match="Statistics of norm"):
+            normalised(norm, x, moments)
+    assert Given(Statistics({"norm": measure(x, 4)})).moments(seen(x)).count == 2 * 24
+
+
+def test_sampled_windows_stay_inside_the_clip():
+    for latents in range(1, 70):
+        windows = sample_windows(latents)
+        assert windows[0].start == 0 and windows[-1].stop == latents
+        assert {window.stop - window.start for window in windows} == {min(latents, 5)}
+    assert sample_windows(31) == (slice(0, 5), slice(13, 18), slice(26, 31))
+    assert sampled_latents(31) == 30
+
+
+@pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("pieces", [(1,), (3,), (1, 1, 2), (2, 1)])
+def test_the_short_form_of_an_upsampler_is_the_plain_one(factors, pieces):
+    made = []
+    for ops in (nn, Own):
+        up = Upsampler(CausalConv3d(6, 5, 3, ops=ops, dtype=torch.float64), factors).requires_grad_(False)
+        if made:
+            up.load_state_dict(made[0].state_dict())
+        made.append(up)
+    x = torch.randn(2, 6, sum(pieces), 3, 5, dtype=torch.float64)
+    for up in made:
+        streamed, cache, out = StreamedUp(up), None, []
+        for piece in x.split(pieces, 2):
+            frames, cache = streamed(piece, cache)
+            out.append(frames)
+        assert_close(torch.cat(out, 2), made[1](x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_short_form_in_16_bit_is_as_close_as_the_plain_one(dtype):
+    up = Upsampler(CausalConv3d(16, 16, 3), (2, 2, 2)).requires_grad_(False)
+    x = torch.randn(1, 16, 2, 6, 6)
+    wanted = up(x)
+    up, x = up.to(dtype), x.to(dtype)
+    short, plain = (error.abs().mean() for error in (StreamedUp(up)(x, None)[0] - wanted, up(x) - wanted))
+    assert short < 1.5 * plain
