@@ -161,8 +161,9 @@ def phase_kernels(weight: Tensor, time: int) -> list[list[list[Tensor]]]:
 
 
 def _phases(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    # In space the first copy of a cell sees the cell before it once and its own twice, the second copy its own twice and
-    # the next once. In time, where a kernel only looks back, the late copy sees the frame before once, the early one twice.
+    # In space the first copy of a cell sees the cell before it once and its own twice, the second copy its own twice
+    # and the next once. In time, where a kernel only looks back, the late copy sees the frame before once, the early
+    # one twice.
     before, here, after = weight.split(1, dim)
     return torch.cat([before, here + after], dim), torch.cat([before + here, after], dim)
 
