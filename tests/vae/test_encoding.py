@@ -8,7 +8,11 @@ import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import ShapeError
 from comfyui_kandinsky5.kandinsky_core.vae.causal import StreamedConv
-from comfyui_kandinsky5.kandinsky_core.vae.encoding import encode_with, exact_encode_statistics
+from comfyui_kandinsky5.kandinsky_core.vae.encoding import (
+    encode_with,
+    exact_encode_statistics,
+    sampled_encode_statistics,
+)
 from comfyui_kandinsky5.kandinsky_core.vae.plan import REFERENCE
 from comfyui_kandinsky5.kandinsky_core.vae.tiling import single_plan
 from tiny_vae import EXACT, clip, encode_plan, error, tiny_vae
@@ -71,7 +75,9 @@ def test_without_statistics_one_chunk_is_exact_and_more_are_sampled(small):
         small.vae, small.x, encode_plan(small.x, chunk=2), on_tile=lambda *at: ticks.append(at)
     )
     assert ticks[-1] == (15, 15)
-    assert 1e-6 < error(sampled.mean, small.whole.mean) < 0.2
+    statistics = sampled_encode_statistics(small.vae, small.x, encode_plan(small.x, chunk=2))
+    same = encode_with(small.vae, small.x, encode_plan(small.x, chunk=3), statistics=statistics)
+    assert error(sampled.mean, same.mean) < EXACT < error(sampled.mean, small.whole.mean)
 
 
 def test_reference_mode_is_the_released_encode(small):
