@@ -27,3 +27,7 @@ class MediaError(KandinskyError):
 
 class BackendUnavailable(KandinskyError):
     """An optional package or device feature that is not there."""
+
+
+class BudgetError(KandinskyError):
+    """Work that does not fit in the memory there is, in any way that is known."""
