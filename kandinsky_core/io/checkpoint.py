@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .header import PICKLE_ADVICE, PICKLE_SUFFIXES, TORCH_DTYPES, TensorInfo, read_header
+from ..packed.blocks import BLOCKS
+from .gguf_file import SUFFIX, is_gguf, map_gguf, read_gguf, take
+from .header import PICKLE_ADVICE, PICKLE_SUFFIXES, PREAMBLE_BYTES, TORCH_DTYPES, TensorInfo, read_header
 from .listing import some
 from .whole_file import whole_file
 
@@ -38,7 +41,7 @@ BUNDLED = {"transformer": ("model.diffusion_model.",), "vae": ("vae.", "first_st
 class Checkpoint:
     """Weights on disk: headers are in memory, `tensor` maps data without copying it.
 
-    `path` is what the user gave, `files` the safetensors files behind it, `config` a diffusers config.json ({} if
+    `path` is what the user gave, `files` the files behind it, `config` a diffusers config.json ({} if
     there is none), `prefix` what was stripped from every name.
     """
 
@@ -50,11 +53,11 @@ class Checkpoint:
         self.metadata = dict(metadata)
         self.config = dict(config)
         self.prefix, self.tensors = _strip(tensors, part)
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[Path, safe_open | Tensor] = {}
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files that hold the tensors."""
+        """The files that hold the tensors."""
         return sorted({info.file for info in self.tensors.values()})
 
     @property
@@ -67,8 +70,10 @@ class Checkpoint:
         return self._info(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of `name`."""
+        """Stored dtype of `name`; blocks of a GGUF file are bytes."""
         info = self._info(name)
+        if info.dtype in BLOCKS:
+            return torch.uint8
         try:
             return TORCH_DTYPES[info.dtype]
         except KeyError:
@@ -77,12 +82,18 @@ class Checkpoint:
             ) from None
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor `name`, memory-mapped: no bytes are read until it is used, and it never changes the file."""
+        """Tensor `name`, memory-mapped: no bytes are read until it is used, and it never changes the file.
+
+        GGUF's packed tensors come as uint8 `[blocks, bytes]`.
+        """
         info = self._info(name)
+        self.dtype(name)
         try:
             if info.file not in self._open:
-                self._open[info.file] = safe_open(info.file, framework="pt")
-            return self._open[info.file].get_tensor(info.key)
+                is_packed = info.offset is not None
+                self._open[info.file] = map_gguf(info.file) if is_packed else safe_open(info.file, framework="pt")
+            opened = self._open[info.file]
+            return opened.get_tensor(info.key) if info.offset is None else take(opened, info)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: {name} cannot be read: {error}.") from error
 
@@ -94,10 +105,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, part: str = "transformer") -> Checkpoint:
-    """Read the header of a .safetensors file, a sharded index, or a diffusers folder (`part` or its parent).
+    """Read the header of a .safetensors or .gguf file, a sharded index, or a diffusers folder (`part` or its parent).
 
     `part` names the component wanted ("transformer", "vae"): the subfolder of a pipeline folder, or the prefix in an
-    all-in-one file. Anything that is not safetensors raises `CheckpointError`.
+    all-in-one file. Anything else raises `CheckpointError`, GGUF without its package `BackendUnavailable`.
     """
     given = Path(path).expanduser()
     if not given.exists():
@@ -105,7 +116,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, part: str = "transformer") 
     folder = given / part if (given / part).is_dir() else given
     weights = _weights_in(folder) if given.is_dir() else given
     sharded = weights.name.endswith(INDEX_SUFFIX)
-    tensors, metadata = _read_shards(weights) if sharded else read_header(weights)
+    read = _read_shards if sharded else read_gguf if is_gguf(weights) else read_header
+    tensors, metadata = read(weights)
     config_file = weights.parent / "config.json"
     has_config = given.is_dir() or sharded or weights.name.startswith(DIFFUSERS_STEM)
     config = _read_json(config_file) if has_config and config_file.is_file() else {}
@@ -128,9 +140,27 @@ def save_checkpoint(
         raise CheckpointError(f"{target} ({needed:,} bytes) cannot be written: {error}.") from error
 
 
+def write_safetensors(
+    path: Path, infos: Sequence[TensorInfo], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file whose `tensors` come one by one, in the order of `infos`; only one is in memory."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for info in infos:
+        end = position + info.nbytes
+        header[info.key] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % PREAMBLE_BYTES)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(raw)) + raw)
+        for tensor in tensors:
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _weights_in(folder: Path) -> Path:
-    """The one index or safetensors file that a folder's weights are in."""
-    for pattern in (f"*.safetensors{INDEX_SUFFIX}", "*.safetensors"):
+    """The one index, safetensors or GGUF file that a folder's weights are in."""
+    for pattern in (f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", f"*{SUFFIX}"):
         found = sorted(folder.glob(pattern))
         plain = [file for file in found if file.name.startswith(f"{DIFFUSERS_STEM}.safetensors")]
         if len(found) == 1 or len(plain) == 1:
@@ -141,7 +171,7 @@ def _weights_in(folder: Path) -> Path:
     if any(file.suffix.lower() in PICKLE_SUFFIXES for file in folder.iterdir()):
         raise CheckpointError(f"{folder} holds only pickled weights. {PICKLE_ADVICE}")
     raise CheckpointError(
-        f"{folder} holds no .safetensors file. Choose a weights file or a diffusers folder."
+        f"{folder} holds no .safetensors or {SUFFIX} file. Choose a weights file or a diffusers folder."
     )
 
 

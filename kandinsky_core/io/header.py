@@ -32,7 +32,6 @@ PICKLE_ADVICE = (
 FOREIGN_STARTS = (
     (b"PK\x03\x04", f"is a zip archive, most likely a pickled PyTorch file. {PICKLE_ADVICE}"),
     (b"\x80", f"is a pickle. {PICKLE_ADVICE}"),
-    (b"GGUF", "is a GGUF file, which is not supported. Use the .safetensors version."),
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the weights. Run 'git lfs pull' or download the file.",
@@ -47,9 +46,10 @@ class TensorInfo:
 
     file: Path
     key: str  # name inside the file, before any prefix is stripped
-    shape: tuple[int, ...]
-    dtype: str  # safetensors name: "BF16", "F32", "F8_E4M3", ...
+    shape: tuple[int, ...]  # of the numbers, however they are packed
+    dtype: str  # safetensors' or GGUF's name: "BF16", "F32", "F8_E4M3", "Q8_0", ...
     nbytes: int
+    offset: int | None = None  # first byte in a GGUF file
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

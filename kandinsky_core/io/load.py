@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..model.crossdit import CrossDiT
+from ..packed.blocks import BLOCKS
+from ..packed.layers import packed_layer
 from ..vae.flux import FluxVAE
 from ..vae.hunyuan import HunyuanVideoVAE
 from ..vae.layout import fit, identify_vae
@@ -19,7 +21,18 @@ from ..variants import VAESpec, Variant
 from .checkpoint import Checkpoint, open_checkpoint
 from .identity import Identity, identify
 from .listing import some
-from .quant import FP8, is_quant_entry, scaled_weights
+from .quant import (
+    FP8,
+    PackedLayer,
+    check_formats,
+    hold_packed,
+    is_finite_packed,
+    is_quant_entry,
+    packed_entries,
+    packing_of,
+    read,
+    scaled_weights,
+)
 from .signature import OTHER_VAE, VAE, describe, recognise
 
 FULL_SCAN_BYTES = 256_000_000  # files up to this size are searched for NaN and Inf completely
@@ -53,10 +66,11 @@ def load_crossdit(
     variant: str | None = None,
     check_finite: bool | None = None,
 ) -> LoadedCrossDiT:
-    """Load a CrossDiT from a safetensors file, a sharded index or a diffusers folder.
+    """Load a CrossDiT from a safetensors or GGUF file, a sharded index or a diffusers folder.
 
-    `dtype` None keeps the dtype of every stored tensor (mixed files stay mixed); `device` None leaves the weights
-    mapped from disk, so that the operating system shares and evicts them. `variant` overrides the guess of `identify`.
+    `dtype` None keeps the dtype of every stored tensor (mixed files stay mixed); weights that are stored packed (fp8,
+    GGUF blocks) stay so whatever it says, in layers that unpack them on use. `device` None leaves the weights mapped
+    from disk, so that the operating system shares and evicts them. `variant` overrides the guess of `identify`.
     `check_finite` True searches all weights for NaN and Inf, False none, None all up to 256 MB and samples beyond.
     """
     checkpoint = open_checkpoint(path)
@@ -114,38 +128,48 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     check_finite: bool | None = None,
+    layer: PackedLayer | None = None,
 ) -> None:
     """Assign a checkpoint's tensors to a model built on the meta device.
 
     `expected` is the same model made of torch.nn layers: it says which names and shapes must come. `names` maps
     the stored names to use to the model's; `adapt` may view a stored tensor in the model's shape without a copy.
+    `layer` makes what takes a layer's place whose weight is stored packed; None: ours for a model of torch.nn layers,
+    and a host's layers are left to take such weights up themselves.
     Any difference raises one `CheckpointError` that lists all of them.
     """
     names = names or {name: name for name in checkpoint.tensors}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
-    # Layers that know these (comfy.ops) take them up while loading.
-    quantised = {name for name in names if is_quant_entry(name)}
-    if quantised and model is expected:
-        raise CheckpointError(f"{checkpoint.path} holds quantised weights with scales, which only ComfyUI's layers can "
-                              "compute with. Use the bf16 file, or load it inside ComfyUI.")  # fmt: skip
+    # Layers of a host that know these take them up while loading.
+    extras = {name for name in names if is_quant_entry(name)}
+    weights = {stored: name for stored, name in names.items() if stored not in extras}
     found = {
         name: _fitted_shape(checkpoint.shape(stored), wanted.get(name, ()), adapt is not None)
-        for stored, name in names.items()
-        if stored not in quantised
+        for stored, name in weights.items()
     }
-    compare_names(checkpoint, wanted, found, packed=scaled_weights(names.values()))
+    if model is expected:
+        layer = layer or packed_layer
+    compare_names(checkpoint, wanted, found, packed=() if layer else scaled_weights(names.values()))
+    held = {}
+    if layer:
+        check_formats(checkpoint, weights)
+        held = hold_packed(model, expected, checkpoint, weights, dtype, layer)
     whole = checkpoint.nbytes <= FULL_SCAN_BYTES if check_finite is None else check_finite
     tensors = {}
-    for stored, name in names.items():
-        tensor = checkpoint.tensor(stored)
-        if adapt is not None and stored not in quantised:
-            tensor = adapt(tensor, wanted[name])
-        if check_finite is not False and not is_finite(tensor, whole):
+    for stored, name in (weights if layer else names).items():
+        if check_finite is not False and not _is_finite_stored(checkpoint, stored, whole):
             raise CheckpointError(f"{checkpoint.path}: {stored} contains NaN or Inf. The file is damaged or its "
                                   "training diverged; use another one.")  # fmt: skip
-        # A weight with a scale means nothing in another dtype; the layer that knows the scale converts it.
-        if stored not in quantised and not (quantised and tensor.dtype in FP8):
-            tensor = tensor.to(device=device, dtype=_target_dtype(tensor, dtype, widen=model is expected))
+        if stored in held:
+            tensors |= {key: value.to(device) for key, value in packed_entries(checkpoint, stored, name)}
+            continue
+        # A weight with a scale means nothing in another dtype; the host's layer that knows the scale converts it.
+        is_theirs = stored in extras or (extras and not layer and checkpoint.dtype(stored) in FP8)
+        tensor = checkpoint.tensor(stored) if is_theirs or not layer else read(checkpoint, stored, dtype)
+        if adapt is not None and stored not in extras:
+            tensor = adapt(tensor, wanted[name])
+        if not is_theirs:
+            tensor = tensor.to(device=device, dtype=_target_dtype(tensor, dtype or (torch.bfloat16 if held else None)))
         tensors[name] = tensor
     try:
         outcome = model.load_state_dict(tensors, strict=False, assign=True)
@@ -215,11 +239,15 @@ def _fitted_shape(stored: tuple[int, ...], wanted: tuple[int, ...], adaptable: b
     return wanted if same else stored
 
 
-def _target_dtype(tensor: Tensor, dtype: torch.dtype | None, *, widen: bool) -> torch.dtype:
-    if dtype is not None and tensor.is_floating_point():
-        return dtype
-    # torch.nn cannot multiply fp8; every fp8 value is a bf16 value, so widening loses nothing.
-    return torch.bfloat16 if widen and tensor.dtype in FP8 else tensor.dtype
+def _is_finite_stored(checkpoint: Checkpoint, name: str, whole: bool) -> bool:
+    tensor = checkpoint.tensor(name)
+    if checkpoint.tensors[name].dtype in BLOCKS:
+        return is_finite_packed(tensor, packing_of(checkpoint, name), None if whole else SAMPLE)
+    return is_finite(tensor, whole)
+
+
+def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _report(checkpoint: Checkpoint, differences: Mapping[str, list[str]]) -> str:

@@ -80,7 +80,7 @@ class TextEncoder(nn.Module):
     @property
     def width(self) -> int:
         """D: width of the Qwen features."""
-        return self.qwen.embed_tokens.weight.shape[1]
+        return self.qwen.embed_tokens.embedding_dim
 
     def stream(
         self,

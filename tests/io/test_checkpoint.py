@@ -138,7 +138,7 @@ def test_an_index_whose_shard_lacks_a_tensor_is_refused(sharded):
 
 
 def test_a_folder_without_weights_and_one_with_a_choice_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no .safetensors file"):
+    with pytest.raises(CheckpointError, match="no .safetensors or .gguf file"):
         open_checkpoint(tmp_path)
     for name in ("one", "two"):
         save_checkpoint(tmp_path / f"{name}.safetensors", TENSORS)
@@ -206,7 +206,7 @@ def test_a_header_that_contradicts_itself_is_refused(file, header, said):
         (b"abc", "only 3 bytes"),
         (b"PK\x03\x04" + bytes(60), "Pickle files can run code"),
         (pickle.dumps({"weight": [1.0] * 9}), "Pickle files can run code"),
-        (b"GGUF" + bytes(60), "GGUF"),
+        (b"GGUF" + bytes(60), "damaged or incomplete GGUF file"),
         (b"<!DOCTYPE html><html><body>Sign in to download</body></html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
         (b"\xff" * 64, "not a safetensors file"),

@@ -95,21 +95,25 @@ def test_a_dtype_is_taken_when_given(path, tiny):
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float16}
 
 
-def test_plain_fp8_becomes_bf16_without_loss(path, tiny):
-    small = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in tiny.items()}
+def test_plain_fp8_stays_and_computes_as_its_bf16_values(path, tmp_path, tiny):
+    small = {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t.bfloat16() for name, t in tiny.items()}
     save_checkpoint(path, small, FACTS)
-    state = load_crossdit(path).model.state_dict()
-    for name, tensor in small.items():
-        assert torch.equal(state[name].float(), tensor.float())
-        assert state[name].dtype == (torch.bfloat16 if tensor.ndim == 2 else tensor.dtype)
+    wide = tmp_path / "wide.safetensors"
+    save_checkpoint(wide, {name: t.bfloat16() for name, t in small.items()}, FACTS)
+    model, plain = (load_crossdit(file).model for file in (path, wide))
+    assert {name: t.dtype for name, t in model.state_dict().items()} == {name: t.dtype for name, t in small.items()}
+    inputs = (torch.ones(1, 1, 4, 4, 33), torch.ones(1, 3, 24), torch.ones(1, 16))
+    outputs = [each(*(x.bfloat16() for x in inputs), torch.tensor([500.0])) for each in (model, plain)]
+    assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize(
-    "extra", ["out_layer.out_layer.scale_weight", "out_layer.out_layer.comfy_quant", "scaled_fp8"]
-)
-def test_scaled_weights_are_not_taken_for_plain_ones(path, tiny, extra):
-    save_checkpoint(path, {**tiny, extra: torch.ones(1)}, FACTS)
-    with pytest.raises(CheckpointError, match="quantised weights with scales"):
+@pytest.mark.parametrize("extra", ["scale_weight", "comfy_quant"])
+def test_scales_of_weights_that_are_not_fp8_are_refused(path, tiny, extra):
+    value = b'{"format": "float8_e4m3fn"}' if extra == "comfy_quant" else b"\0\0\x80?"
+    tensor = torch.tensor(list(value), dtype=torch.uint8)
+    tensor = tensor if extra == "comfy_quant" else tensor.view(torch.float32)
+    save_checkpoint(path, {**tiny, f"out_layer.out_layer.{extra}": tensor}, FACTS)
+    with pytest.raises(CheckpointError, match="scales for 1 weights that are not fp8: out_layer.out_layer.weight"):
         load_crossdit(path)
 
 

@@ -26,7 +26,8 @@ ROOMS = {
     "vae": set(),
     "text": {"io", "memory"},  # the towers read their files through io's checkpoint reader, and may be streamed
     "sampling": {"model", "memory"},
-    "io": {"model", "vae"},
+    "io": {"model", "vae", "packed"},
+    "packed": set(),  # knows bytes and layers, neither files nor models
     "memory": {"vae"},
     "train": {"model", "sampling"},
     "nano": {"model", "vae", "text", "io", "sampling", "train"},

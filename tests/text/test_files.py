@@ -13,8 +13,9 @@ import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError, TextError
 from comfyui_kandinsky5.kandinsky_core.io.checkpoint import open_checkpoint
+from comfyui_kandinsky5.kandinsky_core.io.quant import read
+from comfyui_kandinsky5.kandinsky_core.packed.layers import unpack
 from comfyui_kandinsky5.kandinsky_core.text import load_text_encoder
-from comfyui_kandinsky5.kandinsky_core.text.weights import read
 from safetensors.torch import load_file, save_file
 
 PROMPT = "a blue cube"
@@ -122,17 +123,21 @@ def test_scaled_fp8_is_multiplied_by_its_scale(load_single, comfy_qwen, comfy_cl
     stored, values = fp8(comfy_qwen, style, dtype)
     quantised = load_single(stored, comfy_clip, dtype=torch.float32)
     same(quantised, load_single(values, comfy_clip, dtype=torch.float32))
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(quantised.qwen.layers[1].mlp.up_proj.weight, values[name])
+    layer = quantised.qwen.layers[1].mlp.up_proj
+    assert layer.weight.dtype == dtype  # what is held is what is stored
+    held = unpack(layer.weight, layer.weight_scale, layer.packing, torch.float32)
+    assert torch.equal(held, values["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_fp8_becomes_bfloat16_unless_told(load_single, comfy_qwen, comfy_clip):
+def test_plain_fp8_stays_and_computes_in_bfloat16_unless_told(load_single, comfy_qwen, comfy_clip):
     stored = {name: value.bfloat16() for name, value in comfy_qwen.items()}
-    stored |= {name: value.to(torch.float8_e4m3fn) for name, value in comfy_qwen.items() if "_proj.weight" in name}
+    stored |= {name: value.to(E4M3) for name, value in comfy_qwen.items() if "_proj.weight" in name}
     encoder = load_single(stored, comfy_clip)
-    assert {value.dtype for value in encoder.qwen.state_dict().values()} == {torch.bfloat16}
-    plain = encoder.qwen.layers[0].mlp.up_proj.weight
-    assert torch.equal(plain, stored["model.layers.0.mlp.up_proj.weight"].to(torch.bfloat16))
+    assert {name: value.dtype for name, value in encoder.qwen.state_dict().items()} == {
+        name.removeprefix("model."): value.dtype for name, value in stored.items() if name.startswith("model.")
+    }
+    assert encoder.encode(PROMPT, "video").features_LD.dtype == torch.bfloat16
+    same(encoder, load_single({name: value.bfloat16() for name, value in stored.items()}, comfy_clip))
 
 
 def test_half_precision_clip_computes_in_float32(load_single, comfy_qwen, comfy_clip):
