@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kandinsky_core.errors import TextError
+from ..kandinsky_core.packed.layers import PackedEmbedding, PackedLinear
 from ..kandinsky_core.text import TextEncoder, TextFeatures, load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.text.encoder import OnLayer
 from ..kandinsky_core.text.tokens import tokenizer_folder
 from .comfy_model import DTYPES
+from .comfy_packed import HostedPackedEmbedding, HostedPackedLinear, PackedPatcher, formats
 from .host import EncodedText, cut_note, shown
 
 TEMPLATE = "template"  # tokenizer option: which template, and how many tokens are kept
@@ -35,11 +37,13 @@ ACTIVATION_BYTES = 512 * 1024 * 1024  # room for the states of one prompt next t
 
 VISION_BYTES = 1536 * 1024 * 1024  # the published vision tower (0.68 B) in bfloat16 and its states
 
-# Layers of transformers' modules that have a casting, offloadable counterpart of the same layout in core.
+# Layers of the towers that have a casting, offloadable counterpart of the same layout.
 _ADOPTED = {
     nn.Linear: comfy.ops.manual_cast.Linear,
     nn.Embedding: comfy.ops.manual_cast.Embedding,
     nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
+    PackedLinear: HostedPackedLinear,
+    PackedEmbedding: HostedPackedEmbedding,
 }
 
 
@@ -73,7 +77,8 @@ class HostedTextEncoder(TextEncoder):
         for module in self.modules():
             if type(module) in _ADOPTED:
                 module.__class__ = _ADOPTED[type(module)]
-                module.reset_parameters()  # core's layers keep the weights, and set what else they need
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # core's layers keep the weights, and set what else they need
         self.requires_grad_(False)
 
     @property
@@ -152,7 +157,8 @@ def load(qwen: Path, clip: Path, tokenizer: Path | None, dtype: str) -> comfy.sd
     out = comfy.sd.CLIP(no_init=True)
     out.cond_stage_model = hosted
     out.tokenizer = K5Tokenizer()
-    out.patcher = comfy.model_patcher.CoreModelPatcher(
+    patcher_class = PackedPatcher if formats(hosted) else comfy.model_patcher.CoreModelPatcher
+    out.patcher = patcher_class(
         hosted,
         load_device=comfy.model_management.text_encoder_device(),
         offload_device=comfy.model_management.text_encoder_offload_device(),

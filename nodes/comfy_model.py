@@ -29,7 +29,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..kandinsky_core.errors import ShapeError
+from ..kandinsky_core.errors import BackendUnavailable, ShapeError
 from ..kandinsky_core.io import Identity, fill, identify, open_checkpoint
 from ..kandinsky_core.io.checkpoint import Checkpoint
 from ..kandinsky_core.io.header import TensorInfo
@@ -44,6 +44,7 @@ from ..kandinsky_core.variants import (
     VAESpec,
     Variant,
 )
+from .comfy_packed import PackedPatcher, formats, hosted_layer
 from .host import KNOWN_EDIT, SPARSE_HINT
 from .preview import NANO_COLORS
 
@@ -314,44 +315,53 @@ def load_identified(
     """Load a transformer as a patcher, and say what it was recognised as."""
     opened = open_checkpoint(path)
     identity = identify(opened, variant)
-    checkpoint = HostCheckpoint(opened)
+    is_gguf = opened.is_gguf
+    checkpoint = opened if is_gguf else HostCheckpoint(opened)
+    quantisation = None if is_gguf else checkpoint.quantisation
+    if is_gguf and dtype.startswith("fp8"):
+        raise BackendUnavailable(f"{path} is a GGUF file, whose weights stay as they are packed. Set dtype to 'auto'.")
     config = K5Config(identity.variant)
-    config.quant_config = checkpoint.quantisation
+    config.quant_config = quantisation
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    weights = weight_dtype(checkpoint, dtype)
+    weights = weight_dtype(checkpoint, dtype, is_packed=is_gguf or quantisation is not None)
     compute = comfy.model_management.unet_manual_cast(
-        None if checkpoint.quantisation else weights, load_device, config.supported_inference_dtypes
+        None if quantisation else weights, load_device, config.supported_inference_dtypes
     )
     if dtype == "fp16" and comfy.model_management.should_use_fp16(load_device, prioritize_performance=False):
         compute = None  # asked for by name
     config.set_inference_dtype(weights, compute, device=load_device)
     config.custom_operations = operations(weights, compute, load_device, config)
     # Core's quantised layers put what they load on the device they were built for; they take no memory before that.
-    model = K5BaseModel(config, device="cpu" if checkpoint.quantisation else "meta")
+    model = K5BaseModel(config, device="cpu" if quantisation else "meta")
     expected = CrossDiT(identity.spec, device="meta")
     # Published bf16 files keep the modulation in float32; left as stored it costs no copy and loses nothing.
     as_stored = dtype == "auto" and weights == stored_dtype(checkpoint)
-    fill(model.diffusion_model, checkpoint, expected, dtype=None if as_stored else weights)
+    fill(
+        model.diffusion_model, checkpoint, expected, dtype=None if as_stored else weights,
+        layer=hosted_layer if is_gguf else None,
+    )  # fmt: skip
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher_class = (
         comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     )
+    if is_gguf:
+        patcher_class = PackedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     patcher.cached_patcher_init = (load, (path, variant, dtype))
     return patcher, identity
 
 
-def weight_dtype(checkpoint: HostCheckpoint, dtype: str) -> torch.dtype:
-    """Return the dtype to hold weights in: the named one, or what core picks for what the file stores."""
+def weight_dtype(checkpoint: Checkpoint, dtype: str, *, is_packed: bool) -> torch.dtype:
+    """Return the dtype to hold weights in that are not packed: the named one, or what core picks for the file."""
     if dtype != "auto":
         return DTYPES[dtype]
     stored = stored_dtype(checkpoint)
     return comfy.model_management.unet_dtype(
         model_params=checkpoint.nbytes // stored.itemsize,
         supported_dtypes=INFERENCE_DTYPES,
-        weight_dtype=None if checkpoint.quantisation else stored,
+        weight_dtype=None if is_packed else stored,
     )
 
 
@@ -400,11 +410,12 @@ def report(identity: Identity, model: Any) -> str:
     """Say what was recognised, the preset and how it is computed."""
     row = identity.variant
     base = model.model
+    held = " and ".join((*formats(base), str(base.get_dtype())))
     lines = [
         row.title,
         identity.hint,
         f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}, {row.fps} frames per second.",
-        f"Weights {base.get_dtype()}, computed in {base.get_dtype_inference()} on {model.load_device}.",
+        f"Weights {held}, computed in {base.get_dtype_inference()} on {model.load_device}.",
     ]
     if row.attention.kind == "nabla":
         lines.append(SPARSE_HINT)

@@ -37,6 +37,10 @@ DTYPES = (
     "fp8_e5m2",
 )  # how weights are held; "auto": the host decides
 
+WEIGHTS_SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
+GGUF_FOLDERS = ("diffusion_models", "text_encoders")  # folder keys under which GGUF files are listed: no autoencoders
+
 # Conditioning keys of what is given besides text (core's names, so that core's KSampler reads them too).
 KNOWN_FRAMES = "time_dim_replace"  # raw latents [1,16,t,h,w] that the first t latent frames are pinned to
 KNOWN_MASK = "concat_mask"  # [1,1,T,h,w]: 0 where known, 1 where generated

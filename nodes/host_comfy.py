@@ -23,10 +23,20 @@ from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
 from . import comfy_attention, comfy_clip, comfy_model, comfy_vae
 from .files import is_model_folder
-from .host import KNOWN_FRAMES, EncodedText, Host, LoadedModel, Progress, SampleRequest, VAEFacts
+from .host import (
+    GGUF_FOLDERS,
+    GGUF_SUFFIX,
+    KNOWN_FRAMES,
+    WEIGHTS_SUFFIXES,
+    EncodedText,
+    Host,
+    LoadedModel,
+    Progress,
+    SampleRequest,
+    VAEFacts,
+)
 
 TIME_UNIT = 1000  # the network is told a time of 0...1000
-SUFFIXES = (".safetensors", ".sft")
 
 
 class ComfyHost(Host):
@@ -35,11 +45,12 @@ class ComfyHost(Host):
     # -- files ------------------------------------------------------------------------------------------------
 
     def filenames(self, folder: str) -> list[str]:
-        """Return safetensors files under the folder key, from every configured place."""
+        """Return weights files under the folder key, from every configured place."""
         inside = set(self.folders(folder))
-        return [
-            name for name in _listed(folder) if name.lower().endswith(SUFFIXES) and _parent(name) not in inside
-        ]
+        names = [name for name in _listed(folder) if name.lower().endswith(WEIGHTS_SUFFIXES)]
+        if folder in GGUF_FOLDERS:
+            names += _listed_gguf(folder)
+        return [name for name in names if _parent(name) not in inside]
 
     def folders(self, folder: str) -> list[str]:
         """Return folders that hold one model: weights and the config.json that describes them."""
@@ -203,6 +214,13 @@ def _sampling_patch(model: Any) -> Any:
 def _listed(folder: str) -> list[str]:
     """Return what core lists under a folder key, '/' separated on every system."""
     return [Path(name).as_posix() for name in folder_paths.get_filename_list(folder)]
+
+
+def _listed_gguf(folder: str) -> list[str]:
+    """Return the GGUF files under a folder key: core's own keys leave them out, so they have a key of ours."""
+    key = f"kandinsky5_gguf_{folder}"
+    folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), {GGUF_SUFFIX})
+    return _listed(key)
 
 
 def _parent(name: str) -> str:

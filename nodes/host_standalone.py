@@ -36,10 +36,13 @@ from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_h
 from ..kandinsky_core.variants import Variant
 from .files import is_model_folder
 from .host import (
+    GGUF_FOLDERS,
+    GGUF_SUFFIX,
     KNOWN_EDIT,
     KNOWN_FRAMES,
     LATENTS,
     SPARSE_HINT,
+    WEIGHTS_SUFFIXES,
     Conditioning,
     EncodedText,
     Host,
@@ -54,7 +57,6 @@ from .host import (
 logger = logging.getLogger("kandinsky5")
 
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
-WEIGHTS_SUFFIX = ".safetensors"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 PINNED_SHARE = 0.5  # of the free main memory: page-locked copies of streamed blocks may take it
 CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
@@ -133,11 +135,12 @@ class StandaloneHost(Host):
 
     def filenames(self, folder: str) -> list[str]:
         """Names of the weights files under the folder key, with subfolders."""
+        suffixes = (*WEIGHTS_SUFFIXES, *([GGUF_SUFFIX] if folder in GGUF_FOLDERS else []))
         inside = [
             path.relative_to(root).as_posix()
             for root in self._roots(folder)
-            for path in root.rglob(f"*{WEIGHTS_SUFFIX}")
-            if not _in_model_folder(path, root)
+            for path in root.rglob("*")
+            if path.suffix.lower() in suffixes and not _in_model_folder(path, root)
         ]
         return sorted({*self.extra.get(folder, ()), *inside})
 

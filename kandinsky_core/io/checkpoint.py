@@ -61,6 +61,11 @@ class Checkpoint:
         return sorted({info.file for info in self.tensors.values()})
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the file is GGUF, packed or not."""
+        return any(info.offset is not None for info in self.tensors.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())

@@ -33,7 +33,7 @@ TARGETS = ("fp8", *FLOATS, *(GGUF + name for name in (*PACKERS, "F16")))
 
 # What is packed: the matrices of the blocks' attention and feed-forward, nine tenths of all weights. Embeddings, norms
 # and the last projection are small and felt everywhere; modulation and time need their precision.
-PACKED = re.compile(r".+_transformer_blocks\.\d+\.(?:\w+_attention|feed_forward)\.(?:to_\w+|in_layer|out_layer)\.weight")
+PACKED = re.compile(r"\w+_blocks\.\d+\.(?:\w+_attention|feed_forward)\.(?:to_\w+|in_layer|out_layer)\.weight")
 FLOAT32 = re.compile(r"(?:.+\.)?(?:time_embeddings|\w*modulation)\.")  # left in float32 where the source has it
 
 Entry = tuple[TensorInfo, Callable[[], Tensor]]

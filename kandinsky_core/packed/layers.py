@@ -88,6 +88,13 @@ class _Apply(torch.autograd.Function):
         return grad_ND, grad_R, None, None, None
 
 
+def packed_linear(
+    x_ND: Tensor, bias_R: Tensor | None, packed: Tensor, scale: Tensor | None, packing: Packing
+) -> Tensor:
+    """Apply a packed weight and a bias of the dtype of `x_ND`."""
+    return _Apply.apply(x_ND, bias_R, packed, scale, packing)
+
+
 class PackedWeight(nn.Module):
     """What packed layers share: the stored tensors, under the names a state dict has for them."""
 
@@ -117,7 +124,7 @@ class PackedLinear(PackedWeight):
     def forward(self, x_ND: Tensor) -> Tensor:
         """Apply the layer in the dtype of `x_ND`."""
         bias_R = None if self.bias is None else self.bias.to(x_ND.dtype)
-        return _Apply.apply(x_ND, bias_R, self.weight, self.weight_scale, self.packing)
+        return packed_linear(x_ND, bias_R, self.weight, self.weight_scale, self.packing)
 
 
 class PackedEmbedding(PackedWeight):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 
@@ -127,7 +128,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--preview-method", "latent2rgb",
     ]  # fmt: skip
     with (base / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=comfy, stdout=log, stderr=subprocess.STDOUT)
+        environment = os.environ | {"PYTHONPATH": str(_extras(base))}
+        process = subprocess.Popen(command, cwd=comfy, stdout=log, stderr=subprocess.STDOUT, env=environment)
     running = Server(f"http://127.0.0.1:{port}", FOLDER, base, process)
     try:
         _wait(running)
@@ -135,6 +137,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _extras(base: Path) -> Path:
+    """A folder with what a user may install beside ComfyUI: the gguf package, plain Python, from these tests' own."""
+    folder = base / "packages"
+    folder.mkdir()
+    (folder / "gguf").symlink_to(Path(gguf.__file__).parent)
+    return folder
 
 
 def _wait(server: Server) -> None:
