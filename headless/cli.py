@@ -1,4 +1,4 @@
-"""The command line: `kandinsky5 run | generate | decode | attention-error | nodes | variants`.
+"""The command line: `kandinsky5 run | generate | decode | attention-error | convert | nodes | variants`.
 
 Exit codes: 0 done; 1 a node failed while running; 2 the command, the workflow or a value was refused and nothing ran;
 130 cancelled with Ctrl-C.
@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", help="device to compute on (default: the accelerator if there is one)")
         command.add_argument("--quiet", action="store_true", help="no progress, only the files written")
 
+    convert = commands.add_parser("convert", help="write a transformer's weights in a smaller format")
+    convert.add_argument("source", type=Path, metavar="IN", help="weights file, sharded index or diffusers folder")
+    convert.add_argument("target", type=Path, metavar="OUT", help="new file, .safetensors or .gguf")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help="fp8, bf16, fp16, gguf-Q8_0, gguf-Q5_0, …")
+    convert.add_argument("--variant", help="which published model the weights are (default: recognised)")
+    convert.add_argument("--quiet", action="store_true", help="no progress")
+    convert.set_defaults(command=_convert)
     nodes = commands.add_parser("nodes", help="list the node types that run without ComfyUI")
     nodes.set_defaults(command=_nodes)
     variants = commands.add_parser("variants", help="list the known models and their settings")
@@ -92,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             "--models", type=Path,
             help="models folder in ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models)",
         )  # fmt: skip
-    for command in (run, generate, decode, measure, nodes, variants):
+    for command in (run, generate, decode, measure, convert, nodes, variants):
         command.add_argument("--json", action="store_true", help="write one JSON object to standard output")
         command.add_argument("--verbose", action="store_true", help="write the log to standard error")
     return parser
@@ -223,6 +230,29 @@ def _workflow_path(given: str) -> Path:
     """Return the path of a workflow given as path or as the name of a bundled one."""
     bundled = BUNDLED / f"{given}.json"
     return bundled if bundled.is_file() and not Path(given).exists() else Path(given)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ..kandinsky_core.io.convert import convert
+    from .progress import ProgressLine
+
+    line = ProgressLine(sys.stderr, arguments.target.name)
+    try:
+        result = convert(
+            arguments.source, arguments.target, arguments.to, variant=arguments.variant,
+            on_tensor=None if arguments.quiet else line.advance,
+        )  # fmt: skip
+    finally:
+        line.clear()
+    if arguments.json:
+        _write_json({
+            "path": str(arguments.target), "variant": result.identity.variant.name, "tensors": result.counts,
+            "kept_as_F16": result.unpacked, "bytes_before": result.bytes_before, "bytes_after": result.bytes_after,
+        })  # fmt: skip
+        return OK
+    sys.stderr.write(f"{result.report()}\n")
+    sys.stdout.write(f"{arguments.target}\n")
+    return OK
 
 
 def _nodes(arguments: argparse.Namespace) -> int:

@@ -63,7 +63,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
     _check_image(wish, row)
 
     def companion(kind: str, given: str | None, key: str, usual: tuple[str, ...]) -> str:
-        is_own = given is None and model.endswith(files.BUILT_IN)
+        is_own = given is None and not row.repo  # nothing but the built-in family has no published weights
         return choose(kind, files.built_in(key) if is_own else given, usual, host)
 
     text = companion(files.TEXT_ENCODER, wish.text_encoder, "text_encoder", USUAL[files.TEXT_ENCODER])

@@ -14,10 +14,10 @@ REDRAW_S = 0.1
 class ProgressLine:
     """Shows the running node; on a terminal one line is rewritten, elsewhere each node gets a line of its own."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, label: str = "") -> None:
         self.stream = stream
         self.is_terminal = stream.isatty()
-        self._label = ""
+        self._label = label
         self._shown = 0  # characters on the line now
         self._drawn_s = 0.0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model.crossdit import CrossDiT
 from ..packed.blocks import BLOCKS
-from ..packed.quantise import PACKERS, fp8_scale, to_fp8
+from ..packed.quantise import PACKERS, fp8_scale, pack_blocks, to_fp8
 from .checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from .gguf_file import SUFFIX, write_gguf
 from .header import TORCH_DTYPES, TensorInfo
@@ -80,7 +80,7 @@ def convert(
     wanted = {name: tuple(tensor.shape) for name, tensor in CrossDiT(identity.spec, device="meta").named_parameters()}
     compare_names(checkpoint, wanted, {name: checkpoint.shape(name) for name in weights})
     check_formats(checkpoint, weights)
-    metadata = _metadata(checkpoint, identity)
+    metadata = metadata_of(checkpoint, identity)
     entries = list(_entries(checkpoint, weights, to))
     wants_blocks = to.removeprefix(GGUF) in BLOCKS
     unpacked = [info.key for info, _ in entries if wants_blocks and info.dtype == "F16" and _is_packed(info.key)]
@@ -110,7 +110,7 @@ def _check_target(source: Path, target: Path, to: str) -> None:
         raise CheckpointError(f"{target} exists already. Remove it or choose another name; {source} stays as it is.")
 
 
-def _metadata(checkpoint: Checkpoint, identity: Identity) -> dict[str, str]:
+def metadata_of(checkpoint: Checkpoint, identity: Identity) -> dict[str, str]:
     """What lets the new file be recognised as the old one was, its own name aside."""
     own = {key: checkpoint.metadata[key] for key in (SPEC_KEY, VARIANT_KEY) if key in checkpoint.metadata}
     is_published = checkpoint.path.name in identity.variant.files
@@ -130,9 +130,7 @@ def _entries(checkpoint: Checkpoint, names: Sequence[str], to: str) -> Iterator[
             continue
         kind = _kind(name, shape, stored, to)
         if kind in BLOCKS:
-            yield _info(name, shape, kind), lambda kind=kind, value=value: PACKERS[kind](
-                value().reshape(-1, BLOCKS[kind].elements)
-            )
+            yield _info(name, shape, kind), lambda kind=kind, value=value: pack_blocks(value(), kind)
         else:
             yield _info(name, shape, kind), lambda kind=kind, value=value: value().to(TORCH_DTYPES[kind])
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .blocks import BLOCKS
+
+PIECE = 1 << 14  # blocks whose intermediate values are in memory at a time
 FP8_LIMIT = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -56,6 +59,12 @@ def pack_q5_0(values: Tensor) -> Tensor:
 
 
 PACKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": pack_q8_0, "Q5_0": pack_q5_0, "Q4_0": pack_q4_0}
+
+
+def pack_blocks(values: Tensor, name: str) -> Tensor:
+    """Return uint8 `[n, nbytes]` of a float32 tensor of n whole blocks, a limited number of blocks at a time."""
+    blocks = values.reshape(-1, BLOCKS[name].elements)
+    return torch.cat([PACKERS[name](part) for part in blocks.split(PIECE)])
 
 
 def fp8_scale(values: Tensor) -> Tensor:
