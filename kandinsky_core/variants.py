@@ -85,6 +85,40 @@ class VAESpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSpec:
+    """Dimensions of one transformer tower of the text encoders; `heads` share `kv_heads` keys and values."""
+
+    width: int
+    ff_dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int = 0
+    positions: int = 0  # learned position vectors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """The text encoders that go with a transformer: Qwen2.5-VL's text and vision towers and CLIP's text tower."""
+
+    qwen: TowerSpec
+    vision: TowerSpec
+    clip: TowerSpec
+
+
+QWEN_VL_7B = TextSpec(
+    qwen=TowerSpec(
+        width=3584, ff_dim=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocabulary=152064
+    ),
+    vision=TowerSpec(width=1280, ff_dim=3420, layers=32, heads=16, kv_heads=16, head_dim=80),
+    clip=TowerSpec(
+        width=768, ff_dim=3072, layers=12, heads=12, kv_heads=12, head_dim=64, vocabulary=49408, positions=77
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Visual self-attention policy the weights were trained with."""
 
@@ -114,6 +148,7 @@ class Variant:
     files: tuple[str, ...]  # published file names; used as a hint only
     spec: CrossDiTSpec
     vae: VAESpec
+    text: TextSpec = QWEN_VL_7B
     steps: int
     guidance: float
     shift: float
@@ -238,11 +273,18 @@ NANO_VAE = VAESpec(
     kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )
 NANO_IMAGE_VAE = replace(NANO_VAE, kind="flux")
+NANO_TEXT = TextSpec(
+    qwen=TowerSpec(width=96, ff_dim=192, layers=2, heads=4, kv_heads=2, head_dim=24, vocabulary=780),
+    vision=TowerSpec(width=32, ff_dim=64, layers=2, heads=2, kv_heads=2, head_dim=16),
+    clip=TowerSpec(
+        width=64, ff_dim=128, layers=2, heads=4, kv_heads=4, head_dim=16, vocabulary=502, positions=77
+    ),
+)
 
 _NANO_VIDEO = Variant(
     name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
     tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
-    spec=NANO_VIDEO, vae=NANO_VAE, steps=8, guidance=3.0, shift=5.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
+    spec=NANO_VIDEO, vae=NANO_VAE, text=NANO_TEXT, steps=8, guidance=3.0, shift=5.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
     rope_side_px=64,
     sizes=((64, 64), (128, 128), (256, 256)), frames=(17, 49), fps=8,
 )  # fmt: skip

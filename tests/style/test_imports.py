@@ -21,6 +21,7 @@ ROOMS = {
     "errors": set(),
     "shapes": set(),
     "variants": {"shapes"},
+    "cost": set(),
     "sparse": set(),
     "model": set(),
     "vae": set(),
