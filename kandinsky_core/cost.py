@@ -1,7 +1,7 @@
 """What a variant costs by arithmetic alone: parameters and floating-point operations, from its dimensions.
 
-A multiplication and an addition are two operations. Norms, activations, embeddings and modulation are left out: they are
-under one per cent of a published model's forward.
+A multiplication and an addition are two operations. Norms, activations, embeddings and modulation are left out: they
+are under one per cent of a published model's forward.
 
 N visual tokens, L text tokens, D width, F feed-forward width; performance reference §1.
 """
@@ -80,13 +80,21 @@ class Parameters:
 
     block: int  # of one visual block, its modulation left out
     modulation: int  # of one visual block's modulation
-    rest: int  # embeddings, text blocks, output layer
+    text_block: int  # of one text block, its modulation left out
+    text_modulation: int  # of one text block's modulation
+    rest: int  # embeddings and output layer
     blocks: int  # visual blocks
+    text_blocks: int
+
+    @property
+    def all_modulation(self) -> int:
+        """Parameters of the modulation of all blocks."""
+        return self.blocks * self.modulation + self.text_blocks * self.text_modulation
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.blocks * (self.block + self.modulation) + self.rest
+        return self.blocks * self.block + self.text_blocks * self.text_block + self.all_modulation + self.rest
 
 
 def parameters(spec: CrossDiTSpec) -> Parameters:
@@ -100,14 +108,16 @@ def parameters(spec: CrossDiTSpec) -> Parameters:
         + _linear(spec.in_text_dim, width) + 2 * width
         + _linear(spec.in_text_dim2, time) + 2 * time
         + _linear(patch * spec.visual_embed_dim, width)
-        + spec.num_text_blocks * (attention + feed_forward + _linear(time, 6 * width))
         + _linear(time, 2 * width) + _linear(width, patch * spec.out_visual_dim)
     )  # fmt: skip
     return Parameters(
         block=2 * attention + feed_forward,
         modulation=_linear(time, 9 * width),
+        text_block=attention + feed_forward,
+        text_modulation=_linear(time, 6 * width),
         rest=rest,
         blocks=spec.num_visual_blocks,
+        text_blocks=spec.num_text_blocks,
     )
 
 
@@ -217,7 +227,7 @@ def _autoencoder_flops(
     taps = 27 if is_video and frames > 1 else 9  # one frame needs a third of a video convolution's taps
 
     def cells(level: int) -> int:
-        # Of the three steps both ways, the first changes space only: decoding from the latent, encoding from the pixels.
+        # The first of three steps changes space only: from the latent when decoding, from the pixels when encoding.
         steps = last - level
         doublings = (max(steps - 1, 0) if is_decoder else min(steps, last - 1)) if is_video else 0
         return ((frames - 1) * 2**doublings + 1) * rows * columns * 4 ** (last - level)

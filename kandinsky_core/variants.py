@@ -284,8 +284,8 @@ NANO_TEXT = TextSpec(
 _NANO_VIDEO = Variant(
     name="nano_video", title="Nano, text to video and image to video, built in", family="nano_video",
     tasks=("t2v", "i2v", "t2i"), files=("k5_nano_video.safetensors",), tags=("nano",),
-    spec=NANO_VIDEO, vae=NANO_VAE, text=NANO_TEXT, steps=8, guidance=3.0, shift=5.0, qwen_tokens=256, rope_scale=IMAGE_ROPE,
-    rope_side_px=64,
+    spec=NANO_VIDEO, vae=NANO_VAE, text=NANO_TEXT, steps=8, guidance=3.0, shift=5.0, qwen_tokens=256,
+    rope_scale=IMAGE_ROPE, rope_side_px=64,
     sizes=((64, 64), (128, 128), (256, 256)), frames=(17, 49), fps=8,
 )  # fmt: skip
 _NANO_IMAGE = replace(

@@ -200,7 +200,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Map tokens one by one; outside autograd in up to four pieces, so the hidden tensor is never whole."""
-        if whole(x_BND):
+        if traced():
             return self.out_layer(F.gelu(self.in_layer(x_BND)))
         # Pieces are cut from a flat matrix: slices of a batched tensor take a several times slower CPU matmul.
         x_ND = x_BND.flatten(0, 1)
