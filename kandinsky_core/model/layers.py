@@ -206,7 +206,7 @@ class FeedForward(nn.Module):
         x_ND = x_BND.flatten(0, 1)
         hidden_bytes = len(x_ND) * self.ff_dim * x_ND.element_size()
         count = min(MAX_HIDDEN_PIECES, -(-hidden_bytes // HIDDEN_PIECE_BYTES))
-        if count == 1:
+        if count <= 1:
             return self._piece(x_ND).view_as(x_BND)
         out_ND = torch.empty_like(x_ND)
         for x_part, out_part in zip(x_ND.chunk(count), out_ND.chunk(count), strict=True):

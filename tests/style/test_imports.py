@@ -29,7 +29,7 @@ ROOMS = {
     "sampling": {"model", "memory"},
     "io": {"model", "vae", "packed"},
     "packed": set(),  # knows bytes and layers, neither files nor models
-    "memory": {"vae"},
+    "memory": {"vae", "model", "sparse", "cost"},
     "train": {"model", "sampling"},
     "nano": {"model", "vae", "text", "io", "sampling", "train"},
 }
