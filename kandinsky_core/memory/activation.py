@@ -17,6 +17,7 @@ from ..model.layers import DEVICE_PIECE_BYTES, HIDDEN_PIECE_BYTES, MAX_HIDDEN_PI
 from ..variants import CrossDiTSpec
 
 FLOAT = 4  # bytes of a float32
+PART_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +86,21 @@ class Tokens:
             return self.wide() if self.is_float else 3 * self.wide()
         return self.in_turn(1 if self.is_float else 2, of_batch=False)
 
-    def hidden(self, ff_dim: int, pieces: int) -> int:
+    def part(self, nbytes: int) -> Tokens:
+        """So many of the tokens as take at most `nbytes`."""
+        return replace(self, count=min(self.count, max(1, nbytes * self.count // self.nbytes)))
+
+    def hidden(self, ff_dim: int) -> int:
         """What a feed-forward needs beyond its input, its result included."""
         hidden = self.nbytes * ff_dim // self.width
-        count = max(pieces, min(MAX_HIDDEN_PIECES, -(-hidden // HIDDEN_PIECE_BYTES)))
+        count = min(MAX_HIDDEN_PIECES, -(-hidden // HIDDEN_PIECE_BYTES))
         if count == 1:
             return hidden + self.nbytes
         rows = -(-self.batch * self.count // count)
         needed = self.nbytes + rows * (ff_dim + self.width) * self.itemsize
         # One token more can mean one piece more, and smaller ones; an estimate does not fall when a clip grows.
         full = HIDDEN_PIECE_BYTES * (ff_dim + (count - 1 + (count > 2)) * self.width) // ff_dim
-        return needed if count == pieces else max(needed, full)
+        return max(needed, full)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +141,8 @@ class Forward:
 
     def _text_phase(self) -> int:
         text = self.text
-        blocks = max(self._self_attention(text), self._feed_forward(text)) if self.spec.num_text_blocks else 0
+        whole = replace(self, head_groups=1, sparse=None)
+        blocks = max(whole._self_attention(text), text.nbytes + self._feed_forward(text))
         return text.nbytes + max(text.nbytes, self._rope(text) + blocks)
 
     def _embedding_phase(self) -> int:
@@ -149,7 +155,7 @@ class Forward:
         # A caller's name for the first block's input lives as long as all blocks run.
         held = visual.nbytes * min(2, self.spec.num_visual_blocks)
         return self._carried + held + max(
-            self._self_attention(visual, is_visual=True), self._cross_attention(), self._feed_forward(visual, one=1)
+            self._self_attention(visual), self._cross_attention(), visual.nbytes + self._feed_forward(visual)
         )  # fmt: skip
 
     def _output_phase(self) -> int:
@@ -172,39 +178,56 @@ class Forward:
 
     def _sums(self, tokens: Tokens) -> int:
         """Row sums that attention kernels return beside their result."""
-        return tokens.batch * tokens.count * self.spec.heads * FLOAT
+        return tokens.batch * tokens.count * (tokens.width // self.spec.head_dim) * FLOAT
 
     def _attention(self, queries: Tokens, keys: Tokens) -> int:
         """What dense attention needs beyond q, k, v, its result included."""
         if not self.is_cpu or keys.nbytes <= PACKED_KEY_BYTES:
             return queries.nbytes + self._sums(queries)
-        share = max(1 / self.spec.heads, PACKED_KEY_BYTES / keys.nbytes)  # of the heads, in whole ones
+        share = max(self.spec.head_dim / queries.width, PACKED_KEY_BYTES / keys.nbytes)  # of the heads, in whole ones
         return queries.nbytes + round((queries.nbytes + self._sums(queries)) * share)
 
-    def _self_attention(self, x: Tokens, *, is_visual: bool = False) -> int:
+    def _self_attention(self, x: Tokens) -> int:
+        """Beyond `x` itself."""
         size, turned = x.nbytes, x.heads(turns=True)
-        if is_visual and self.head_groups > 1:
-            # Normed tokens and the joined result stay for all groups; q, k, v and what is attended are of one.
-            group = replace(x, width=-(-x.width // self.head_groups))
-            part = group.nbytes
-            inside = max(3 * part + group.heads(turns=True), 3 * part + self._attention(group, group))
-            if self.sparse is not None:
-                inside = max(inside, 4 * part + self.sparse)
-            return max(2 * size + max(x.norm, inside), 2 * size + x.residual)
-        if is_visual and self.sparse is not None:
-            attended, merged = size + self.sparse, 3 * size
-        else:
+        if self.head_groups > 1:
+            return self._grouped_attention(x)
+        if self.sparse is None:
             attended, merged = self._attention(x, x), 2 * size
+        else:
+            attended, merged = size + self.sparse, 3 * size
         return max(size + x.norm, 3 * size + turned, 4 * size, 3 * size + attended, merged, 2 * size + x.residual)
 
+    def _grouped_attention(self, x: Tokens) -> int:
+        """Beyond `x`: the joined result, and of one group of heads at a time the rest; tokens are projected in parts."""
+        size = x.nbytes
+        group = replace(x, width=-(-self.spec.heads // self.head_groups) * self.spec.head_dim)
+        part = x.part(PART_BYTES)
+        projecting = part.nbytes + max(part.norm, part.nbytes * group.width // x.width)
+        three = 3 * group.nbytes
+        if self.sparse is None:
+            attended = self._attention(group, group)
+        else:
+            attended = group.nbytes + self.sparse
+        inside = max(three + projecting, three + group.heads(turns=True), three + attended, 2 * group.nbytes)
+        return size + max(inside, part.nbytes, x.residual)
+
     def _cross_attention(self) -> int:
+        """Beyond the block's input."""
         x, text = self.visual, self.text
         size, pair = x.nbytes, 2 * text.nbytes
+        if self.head_groups > 1:
+            part = x.part(PART_BYTES)
+            inside = max(part.norm, part.heads(turns=False) + part.nbytes, part.nbytes + self._attention(part, text))
+            return 2 * size + max(pair + part.nbytes + inside, text.heads(turns=False) + pair, x.residual)
         projected = max(3 * size + x.heads(turns=False), 3 * size + text.nbytes + text.heads(turns=False))
         attended = 2 * size + pair + self._attention(x, text)
         return max(2 * size + x.norm, projected, 3 * size + pair, attended, 3 * size + x.residual)
 
-    def _feed_forward(self, x: Tokens, one: int = 1) -> int:
+    def _feed_forward(self, x: Tokens) -> int:
+        """Beyond the tokens that come in."""
         size = x.nbytes
-        inner = x.hidden(self.spec.ff_dim, self.hidden_pieces)
-        return one * size + max(size + x.norm, size + inner, size + x.residual)
+        if self.hidden_pieces > 1:
+            part = replace(x, count=-(-x.count // self.hidden_pieces))
+            return size + max(part.nbytes + max(part.norm, part.hidden(self.spec.ff_dim)), x.residual)
+        return size + max(x.norm, x.hidden(self.spec.ff_dim), x.residual)
