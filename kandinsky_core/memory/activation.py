@@ -199,7 +199,7 @@ class Forward:
         return max(size + x.norm, 3 * size + turned, 4 * size, 3 * size + attended, merged, 2 * size + x.residual)
 
     def _grouped_attention(self, x: Tokens) -> int:
-        """Beyond `x`: the joined result, and of one group of heads at a time the rest; tokens are projected in parts."""
+        """Beyond `x`: the joined result, and of one group of heads at a time the rest; tokens projected in parts."""
         size = x.nbytes
         group = replace(x, width=-(-self.spec.heads // self.head_groups) * self.spec.head_dim)
         part = x.part(PART_BYTES)

@@ -27,9 +27,10 @@ def sparse_bytes(
     """
     tiles = Tiles(token_thw)
     blocks = tiles.blocks
-    heads = min(spec.heads, max(1, GROUP_BYTES // (FLOAT * batch * blocks**2)))
-    rows = batch * heads * blocks
-    group = rows * BLOCK_TOK * spec.head_dim * itemsize  # one of q, k, v, padded, of the heads treated together
+    # Heads treated together. Not rounded to whole ones: an estimate must not fall when a clip grows.
+    heads = min(spec.heads, max(1.0, GROUP_BYTES / (FLOAT * batch * blocks**2)))
+    rows = math.ceil(batch * heads * blocks)
+    group = rows * BLOCK_TOK * spec.head_dim * itemsize  # one of q, k, v, padded, of these heads
     pairs = round(rows * blocks * kept)
     layout = pairs * (2 if blocks < 2**15 else 4) + 2 * rows * LONG
     means = 2 * rows * spec.head_dim * FLOAT
@@ -38,11 +39,9 @@ def sparse_bytes(
     attending = layout
     if is_cpu:
         copies = 3 * group  # rows of whole blocks; the result is a view of the fourth
-        # Keys and values of a piece, those of the piece before, and of a grid that is no multiple of 8 without gaps.
+        # Keys and values of a piece, and of the piece before.
         gathered = max(GATHER_BYTES, round(2 * blocks * kept) * BLOCK_TOK * spec.head_dim * itemsize)
-        attending += copies + (2 if tiles.is_whole else 3) * gathered + 3 * rows * LONG
-    elif not tiles.is_whole:
-        attending += 3 * group
+        attending += copies + 2 * gathered + 3 * rows * LONG
     grouped = group if heads < spec.heads else 0  # a group's result before it is put in its place
     order = 3 * math.prod(token_thw) * LONG + blocks**2  # the tokens' places, and the window
     return order + grouped + max(choosing, attending)
