@@ -22,14 +22,19 @@ from torch import Tensor
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
 from ..kandinsky_core.io.mapped import mapping_dtype
-from ..kandinsky_core.memory.cargo import in_dtype
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.ram import free_ram_bytes
 from ..kandinsky_core.memory.stream import BlockStream
 from ..kandinsky_core.model import CrossDiT, dense
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
 from ..kandinsky_core.sampling.flow import Velocity
-from ..kandinsky_core.sampling.streaming import stream_transformer, streams_blocks, tabulate
+from ..kandinsky_core.sampling.streaming import (
+    regime_of,
+    stream_transformer,
+    streams_blocks,
+    tabulate,
+    weight_dtypes,
+)
 from ..kandinsky_core.sparse.nabla import AttentionRun, options
 from ..kandinsky_core.text import TextEncoder, load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
@@ -60,6 +65,10 @@ MODELS_VARIABLE = "KANDINSKY5_MODELS"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 PINNED_SHARE = 0.5  # of the free main memory: page-locked copies of streamed blocks may take it
 CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
+FLOAT16_NOTE = (
+    "Matrices and attention are float16; the residual stream, modulation and norms are float32, since their values "
+    "pass float16's range. If float16 still overflows, sampling says so."
+)
 ONLY_IN_COMFYUI = {  # keys of a latent that change the result there, and what to do without them
     "noise_mask": "take the mask off the latent",
     "batch_index": "leave out the node that picks from a batch",
@@ -186,7 +195,8 @@ class StandaloneHost(Host):
     def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
         """Recognise a transformer file; its weights are read when the sampler needs them."""
         identity = identify(open_checkpoint(path), variant)
-        handle = ModelHandle(path, identity.variant, self._dtype(dtype, path))
+        lacks_bf16 = dtype == "auto" and not _has_bf16(self.device)
+        handle = ModelHandle(path, identity.variant, torch.float16 if lacks_bf16 else self._dtype(dtype, path))
         row = identity.variant
         self._record(model=path.name, variant=row.name, dtype=str(handle.dtype).removeprefix("torch."))
         report = (
@@ -194,6 +204,10 @@ class StandaloneHost(Host):
             f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}.\n"
             f"Runs on {self.device} in {handle.dtype}."
         )
+        if lacks_bf16:
+            report += f" ({self.device} does not compute in bfloat16.)"
+        if handle.dtype == torch.float16:
+            report += f"\n{FLOAT16_NOTE}"
         if row.attention.kind != "full":
             report += f"\n{SPARSE_HINT}"
         return LoadedModel(handle, row, report)
@@ -250,15 +264,17 @@ class StandaloneHost(Host):
 
     def _transformer(self, model: ModelHandle) -> CrossDiT:
         """Load a transformer as its plan says: onto the device, or mapped with blocks that visit it."""
-        row, plan = model.variant, model.plan
-        if not streams_blocks(row.spec, plan):
-            return load_crossdit(model.path, variant=row.name, dtype=model.dtype, device=self.device).model
-        dtype = mapping_dtype(open_checkpoint(model.path), model.dtype)
-        transformer = load_crossdit(model.path, variant=row.name, dtype=dtype).model
-        pinned_bytes = int(free_ram_bytes() * PINNED_SHARE)
-        self._streams.append(stream_transformer(
-            transformer, plan, self.device, dtype_of=in_dtype(model.dtype), pinned_bytes=pinned_bytes, lean=True
-        ))  # fmt: skip
+        row, streams = model.variant, streams_blocks(model.variant.spec, model.plan)
+        if streams or model.dtype == torch.float16:  # float16 is not for all weights
+            dtype = mapping_dtype(open_checkpoint(model.path), model.dtype)
+            transformer = load_crossdit(model.path, variant=row.name, dtype=dtype).model
+            self._streams.append(stream_transformer(
+                transformer, model.plan or Plan(budget_bytes=0), self.device, lean=streams,
+                dtype_of=weight_dtypes(transformer, model.dtype), pinned_bytes=int(free_ram_bytes() * PINNED_SHARE),
+            ))  # fmt: skip
+        else:
+            transformer = load_crossdit(model.path, variant=row.name, dtype=model.dtype, device=self.device).model
+        transformer.set_regime(regime_of(model.plan, model.dtype))
         return transformer
 
     def _text_encoder(self, clip: TextHandle) -> TextEncoder:
@@ -329,6 +345,11 @@ class StandaloneHost(Host):
             known=known,
             on_step=lambda done, *_: progress.tick(done),
         )
+        if not x_BCTHW.isfinite().all():
+            raise KandinskyError(
+                f"{model.path.name} gave NaN or Inf in {model.dtype}. Load it with dtype bf16 or fp32; if it does so "
+                "there, too, the file is damaged."
+            )
         out = (x_BCTHW / row.vae.scaling_factor).cpu()
         return out.squeeze(2) if is_image else out
 
@@ -339,9 +360,9 @@ class StandaloneHost(Host):
         run, blocks = model.attention, model.variant.spec.num_visual_blocks
         texts = [_text(given) for given in (request.positive, request.negative) if given is not None]
         # The weights of the modulation do not travel: their vectors are known before the first step.
-        table = None if not self._streams else tabulate(
+        table = None if not streams_blocks(model.variant.spec, model.plan) else tabulate(
             transformer, request.sigmas[:-1], texts, self.device, batch=batch, dtype=model.dtype,
-            dtype_of=in_dtype(model.dtype),
+            dtype_of=weight_dtypes(transformer, model.dtype),
         )  # fmt: skip
 
         def velocity(place: int) -> Velocity:
@@ -423,6 +444,12 @@ def _device(name: str | None) -> torch.device:
             f"Device '{name}' cannot be used here: {reason}. Leave it out to choose one."
         ) from error
     return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 by itself; what does not say so does."""
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return ask is None or ask(including_emulation=False)
 
 
 def _version() -> str:

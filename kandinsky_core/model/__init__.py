@@ -4,6 +4,7 @@ from .attention import Attend, Attention, dense, masked
 from .crossdit import CrossDiT, OnBlock, TextBlock, VisualBlock
 from .layers import Modulate, Ops
 from .modulation import ModulationTable
+from .regime import Regime
 from .rope import rope_1d, rope_3d, rotate
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ModulationTable",
     "OnBlock",
     "Ops",
+    "Regime",
     "TextBlock",
     "VisualBlock",
     "dense",

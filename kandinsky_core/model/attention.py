@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, rms_norm_float32_, traced, whole
+from .layers import RMS_EPS, Ops, pieces, rms_norm_float32, rms_norm_float32_, scaled_linear, traced, whole
 from .rope import rotate, rotate_
 
 PACKED_KEY_BYTES = 1 << 22  # keys a CPU attention call may repack at once
@@ -55,16 +55,23 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(q_BANE, k_BANE, v_BANE)`; keys and values come from `context_BLD`, else from `x_BND`."""
         source = x_BND if context_BLD is None else context_BLD
-        q_BNAE = self._heads(self.to_query(x_BND), self.query_norm, rope_NP2)
-        k_BNAE = self._heads(self.to_key(source), self.key_norm, rope_NP2)
-        v_BNAE = self.to_value(source).unflatten(-1, (-1, self.head_dim))
-        return q_BNAE.transpose(1, 2), k_BNAE.transpose(1, 2), v_BNAE.transpose(1, 2)
+        return self.project_query(x_BND, rope_NP2), *self.project_context(source, rope_NP2)
 
-    def merge(self, out_BANE: Tensor) -> Tensor:
-        """Join the heads of attention's output and project it to `[B,N,D]`."""
-        return self.out_layer(out_BANE.transpose(1, 2).flatten(2))
+    def project_query(self, x_BND: Tensor, rope_NP2: Tensor | None = None) -> Tensor:
+        """Return `q_BANE`."""
+        return self.heads(self.to_query(x_BND), self.query_norm, rope_NP2).transpose(1, 2)
 
-    def _heads(self, x_BND: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
+    def project_context(self, context_BLD: Tensor, rope_LP2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `(k_BALE, v_BALE)`."""
+        k_BLAE = self.heads(self.to_key(context_BLD), self.key_norm, rope_LP2)
+        v_BLAE = self.to_value(context_BLD).unflatten(-1, (-1, self.head_dim))
+        return k_BLAE.transpose(1, 2), v_BLAE.transpose(1, 2)
+
+    def merge(self, out_BANE: Tensor, scale: float = 1.0) -> Tensor:
+        """Join the heads of attention's output and project it to `[B,N,D]`, times `scale`."""
+        return scaled_linear(self.out_layer, out_BANE.transpose(1, 2).flatten(2), scale)
+
+    def heads(self, x_BND: Tensor, norm: nn.RMSNorm, rope_NP2: Tensor | None) -> Tensor:
         """Split into heads, normalise and rotate in float32, round once; outside autograd in place."""
         x_BNAE = x_BND.unflatten(-1, (-1, self.head_dim))
         if whole(x_BND):

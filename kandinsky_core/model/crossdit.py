@@ -25,9 +25,8 @@ from .layers import (
     TimeEmbeddings,
     VisualEmbeddings,
     computed,
-    gated_residual,
-    modulated_norm,
 )
+from .regime import WHOLE, Regime
 from .rope import rope_1d, rope_3d
 
 OnBlock = Callable[[int, int], None]
@@ -36,6 +35,8 @@ OnBlock = Callable[[int, int], None]
 
 class TextBlock(nn.Module):
     """Self-attention and feed-forward over the text tokens."""
+
+    regime = WHOLE
 
     def __init__(self, spec: CrossDiTSpec, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -53,13 +54,15 @@ class TextBlock(nn.Module):
     ) -> Tensor:
         """Return refined text tokens `[B,L,D]`."""
         vectors_BV = modulate(self.text_modulation, time_BE)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = vectors_BV.chunk(6, dim=-1)
-        x_BLD = _attended(self.self_attention, x_BLD, shift, scale, gate, attend, rope=rope_LP2)
-        return gated_residual(x_BLD, self.feed_forward(modulated_norm(x_BLD, ff_shift, ff_scale)), ff_gate)
+        own, ff = vectors_BV.chunk(2, dim=-1)
+        x_BLD = self.regime.attend_own(self.self_attention, x_BLD, own, attend, rope_LP2)
+        return self.regime.feed(self.feed_forward, x_BLD, ff)
 
 
 class VisualBlock(nn.Module):
     """Self-attention, cross-attention to the refined text, and feed-forward over the visual tokens."""
+
+    regime = WHOLE
 
     def __init__(self, spec: CrossDiTSpec, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -80,10 +83,9 @@ class VisualBlock(nn.Module):
     ) -> Tensor:
         """Return the next visual tokens `[B,N,D]`; the input tensor is left as it is."""
         own, cross, ff = modulate(self.visual_modulation, time_BE).chunk(3, dim=-1)
-        x_BND = _attended(self.self_attention, x_BND, *own.chunk(3, dim=-1), attend, rope=rope_NP2)
-        x_BND = _attended(self.cross_attention, x_BND, *cross.chunk(3, dim=-1), attend_text, context=text_BLD)
-        shift, scale, gate = ff.chunk(3, dim=-1)
-        return gated_residual(x_BND, self.feed_forward(modulated_norm(x_BND, shift, scale)), gate)
+        x_BND = self.regime.attend_own(self.self_attention, x_BND, own, attend, rope_NP2)
+        x_BND = self.regime.attend_text(self.cross_attention, x_BND, cross, attend_text, text_BLD)
+        return self.regime.feed(self.feed_forward, x_BND, ff)
 
 
 class CrossDiT(nn.Module):
@@ -92,6 +94,8 @@ class CrossDiT(nn.Module):
     `ops` supplies `Linear`, `LayerNorm` and `RMSNorm` with the signatures of `torch.nn`; a host may hand in classes
     that cast, offload or dequantise. Parameter names are the published state-dict keys.
     """
+
+    regime = WHOLE
 
     def __init__(
         self,
@@ -149,9 +153,9 @@ class CrossDiT(nn.Module):
             )
         attend_text = masked(text_mask_BL)
         time_BE = self.embed_time(time_B, pooled_BP)
-        text_BLD = self.refine_text(text_BLD, time_BE, attend_text, modulate)
+        text_BLD = self.refine_text(text_BLD, time_BE, attend_text, modulate).to(dtype=self.regime.dtype)
         rope_NP2 = rope_3d(token_thw, self.spec.axes_dims, rope_scale, x_BTHWC.device)
-        x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3)
+        x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3).to(dtype=self.regime.stream_dtype)
         if order_N is not None:
             x_BND, rope_NP2 = x_BND.index_select(1, order_N), rope_NP2.index_select(0, order_N)
         x_BND = self.run_blocks(
@@ -159,7 +163,7 @@ class CrossDiT(nn.Module):
         )
         if order_N is not None:
             x_BND = x_BND.index_select(1, order_N.argsort())
-        return self.out_layer(x_BND, time_BE, token_thw, modulate)
+        return self.out_layer(x_BND, time_BE, token_thw, modulate, self.regime.dtype)
 
     def token_grid(self, x_BTHWC: Tensor) -> tuple[int, int, int]:
         """Return the (frames, rows, columns) of tokens of a latent; raise `ShapeError` if it does not fit."""
@@ -178,6 +182,14 @@ class CrossDiT(nn.Module):
         t, h, w = (side // step for side, step in zip(sides, patch, strict=True))
         return t, h, w
 
+    def set_regime(self, regime: Regime) -> None:
+        """Let all blocks treat their tokens so; pieces are for the visual blocks, the text is short."""
+        self.regime = regime
+        for block in self.text_transformer_blocks:
+            block.regime = Regime(dtype=regime.dtype)
+        for block in self.visual_transformer_blocks:
+            block.regime = regime
+
     def modulations(self) -> Iterator[Modulation]:
         """Yield all modulations in the order in which an evaluation calls them."""
         yield from (block.text_modulation for block in self.text_transformer_blocks)
@@ -192,7 +204,7 @@ class CrossDiT(nn.Module):
         self, text_BLD: Tensor, time_BE: Tensor, attend: Attend = dense, modulate: Modulate = computed
     ) -> Tensor:
         """Embed text features and run the text blocks; every visual block reads the result."""
-        text_BLD = self.text_embeddings(text_BLD)
+        text_BLD = self.text_embeddings(text_BLD).to(dtype=self.regime.stream_dtype)
         rope_LP2 = rope_1d(text_BLD.shape[1], self.spec.head_dim, text_BLD.device)
         for block in self.text_transformer_blocks:
             text_BLD = block(text_BLD, time_BE, rope_LP2, attend, modulate)
@@ -222,21 +234,3 @@ class CrossDiT(nn.Module):
                 on_block(index, total)
             x_BND = block(x_BND, text_BLD, time_BE, rope_NP2, block_attend, attend_text, modulate)
         return x_BND
-
-
-def _attended(
-    attention: Attention,
-    x_BND: Tensor,
-    shift_BD: Tensor,
-    scale_BD: Tensor,
-    gate_BD: Tensor,
-    attend: Attend,
-    *,
-    context: Tensor | None = None,
-    rope: Tensor | None = None,
-) -> Tensor:
-    """Return `x + gate * attention(norm(x))`. The normed tokens are gone before attention runs, then q, k, v."""
-    q_BANE, k_BANE, v_BANE = attention.project(modulated_norm(x_BND, shift_BD, scale_BD), context, rope)
-    out_BANE = attend(q_BANE, k_BANE, v_BANE)
-    del q_BANE, k_BANE, v_BANE
-    return gated_residual(x_BND, attention.merge(out_BANE), gate_BD)

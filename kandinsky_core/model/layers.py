@@ -92,17 +92,20 @@ def rms_norm_float32_(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return x.mul_(norms.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()).mul_(norm.weight)
 
 
-def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """LayerNorm, then `y * (1 + scale) + shift`, all in float32; one rounding to the dtype of `x_BND`."""
+def modulated_norm(
+    x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm, then `y * (1 + scale) + shift`, all in float32; one rounding to `dtype` (None: that of `x_BND`)."""
     weight_BD = scale_BD + 1.0
     width = x_BND.shape[-1:]
-    if len(x_BND) == 1 and (x_BND.dtype == torch.float32 or x_BND.is_cpu):
+    dtype = dtype or x_BND.dtype
+    if len(x_BND) == 1 and dtype == x_BND.dtype and (dtype == torch.float32 or x_BND.is_cpu):
         # One kernel; the CPU's takes 16-bit tokens with float32 vectors and computes in float32.
         return F.layer_norm(x_BND, width, weight_BD[0], shift_BD[0], NORM_EPS)
     if whole(x_BND):
         y_BND = F.layer_norm(x_BND.float(), width, eps=NORM_EPS)
-        return torch.addcmul(shift_BD.unsqueeze(1), y_BND, weight_BD.unsqueeze(1)).to(x_BND.dtype)
-    out_BND = torch.empty_like(x_BND)
+        return torch.addcmul(shift_BD.unsqueeze(1), y_BND, weight_BD.unsqueeze(1)).to(dtype)
+    out_BND = torch.empty_like(x_BND, dtype=dtype)
     for x_ND, out_ND, shift_D, weight_D in zip(x_BND, out_BND, shift_BD, weight_BD, strict=True):
         for part in pieces(x_BND):
             out_ND[part] = F.layer_norm(x_ND[part].float(), width, weight_D, shift_D, NORM_EPS)
@@ -110,14 +113,26 @@ def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate_BD: Tensor) -> Tensor:
-    """Return `x + gate * branch`, in float32, rounded once. Outside autograd the result reuses `branch_BND`."""
+    """Return `x + gate * branch`, in float32, rounded once to the dtype of `x_BND`.
+
+    Outside autograd the result reuses `branch_BND`, if that has the same dtype.
+    """
     if whole(x_BND):
         return torch.addcmul(x_BND.float(), branch_BND.float(), gate_BD.unsqueeze(1)).to(x_BND.dtype)
-    for x_ND, branch_ND, gate_D in zip(x_BND, branch_BND, gate_BD, strict=True):
+    out_BND = branch_BND if branch_BND.dtype == x_BND.dtype else torch.empty_like(x_BND)
+    for x_ND, branch_ND, out_ND, gate_D in zip(x_BND, branch_BND, out_BND, gate_BD, strict=True):
         for part in pieces(x_BND):
             sum_ND = x_ND[part].to(torch.float32, copy=True)
-            branch_ND[part] = sum_ND.addcmul_(branch_ND[part].float(), gate_D)
-    return branch_BND
+            out_ND[part] = sum_ND.addcmul_(branch_ND[part].float(), gate_D)
+    return out_BND
+
+
+def scaled_linear(linear: nn.Linear, x: Tensor, scale: float) -> Tensor:
+    """Return `linear(x) * scale`, scaled before the result is rounded, which may not fit the dtype otherwise."""
+    if scale == 1:
+        return linear(x)
+    bias = {} if linear.bias is None else {"bias": linear.bias * scale}
+    return torch.func.functional_call(linear, bias, (x * scale,))
 
 
 class TimeEmbeddings(nn.Module):
@@ -198,23 +213,26 @@ class FeedForward(nn.Module):
         self.in_layer = ops.Linear(model_dim, ff_dim, bias=False, **factory)
         self.out_layer = ops.Linear(ff_dim, model_dim, bias=False, **factory)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Map tokens one by one; outside autograd in up to four pieces, so the hidden tensor is never whole."""
+    def forward(self, x_BND: Tensor, scale: float = 1.0) -> Tensor:
+        """Map tokens one by one; outside autograd in up to four pieces, so the hidden tensor is never whole.
+
+        The result is multiplied by `scale` before it is rounded.
+        """
         if traced():
-            return self.out_layer(F.gelu(self.in_layer(x_BND)))
+            return scaled_linear(self.out_layer, F.gelu(self.in_layer(x_BND)), scale)
         # Pieces are cut from a flat matrix: slices of a batched tensor take a several times slower CPU matmul.
         x_ND = x_BND.flatten(0, 1)
         hidden_bytes = len(x_ND) * self.ff_dim * x_ND.element_size()
         count = min(MAX_HIDDEN_PIECES, -(-hidden_bytes // HIDDEN_PIECE_BYTES))
         if count <= 1:
-            return self._piece(x_ND).view_as(x_BND)
+            return self._piece(x_ND, scale).view_as(x_BND)
         out_ND = torch.empty_like(x_ND)
         for x_part, out_part in zip(x_ND.chunk(count), out_ND.chunk(count), strict=True):
-            out_part.copy_(self._piece(x_part))
+            out_part.copy_(self._piece(x_part, scale))
         return out_ND.view_as(x_BND)
 
-    def _piece(self, x_ND: Tensor) -> Tensor:
-        return self.out_layer(torch.ops.aten.gelu_(self.in_layer(x_ND)))
+    def _piece(self, x_ND: Tensor, scale: float) -> Tensor:
+        return scaled_linear(self.out_layer, torch.ops.aten.gelu_(self.in_layer(x_ND)), scale)
 
 
 class OutLayer(nn.Module):
@@ -235,10 +253,18 @@ class OutLayer(nn.Module):
         self.out_layer = ops.Linear(model_dim, math.prod(patch) * channels, **factory)
 
     def forward(
-        self, x_BND: Tensor, time_BE: Tensor, token_thw: tuple[int, int, int], modulate: Modulate = computed
+        self,
+        x_BND: Tensor,
+        time_BE: Tensor,
+        token_thw: tuple[int, int, int],
+        modulate: Modulate = computed,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Return the velocity `[B,T,H,W,channels]`; a token holds channel, frame, row, column in this order."""
+        """Return the velocity `[B,T,H,W,channels]`; a token holds channel, frame, row, column in this order.
+
+        The projection computes in `dtype` (None: that of the tokens).
+        """
         shift_BD, scale_BD = modulate(self.modulation, time_BE).chunk(2, dim=-1)
-        x = self.out_layer(modulated_norm(x_BND, shift_BD, scale_BD))
+        x = self.out_layer(modulated_norm(x_BND, shift_BD, scale_BD, dtype))
         x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, token_thw)
         return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)

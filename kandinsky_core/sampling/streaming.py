@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..memory.cargo import DtypeOf, as_stored
+from ..memory.cargo import DtypeOf, as_stored, in_dtype
 from ..memory.plan import Plan
 from ..memory.stream import BlockStream, spread
 from ..model.crossdit import CrossDiT
 from ..model.modulation import ModulationTable
+from ..model.regime import Regime
 from ..variants import CrossDiTSpec
 from .conditioning import TextCondition
 
@@ -32,7 +33,8 @@ def stream_transformer(
 ) -> BlockStream:
     """Stream the blocks that the plan does not keep on the device, the text blocks with them.
 
-    Text blocks travel whenever visual ones do: they run once an evaluation. `lean` leaves the modulation weights where
+    Text blocks travel whenever visual ones do: they run once an evaluation. A plan that keeps all blocks gives a stream
+    that only holds the model on the device. `lean` leaves the modulation weights where
     they are, for a sampler that has their vectors from `tabulate`.
     """
     visual = spread(model.visual_transformer_blocks, plan.resident_blocks)
@@ -46,6 +48,25 @@ def stream_transformer(
         dtype_of=dtype_of,
         keep=list(model.modulations()) if lean else (),
     )
+
+
+def weight_dtypes(model: CrossDiT, dtype: torch.dtype) -> DtypeOf:
+    """Return the policy for the weights of a model that computes in `dtype`.
+
+    For float16 those of modulation and time stay float32, the dtype they are computed in: scales and gates lose their
+    small values in float16, and these layers take next to no time.
+    """
+    if dtype != torch.float16:
+        return in_dtype(dtype)
+    wide = {id(layer) for part in (*model.modulations(), model.time_embeddings) for layer in part.modules()}
+    narrow_of, wide_of = in_dtype(dtype), in_dtype(torch.float32)
+    return lambda owner, name, tensor: (wide_of if id(owner) in wide else narrow_of)(owner, name, tensor)
+
+
+def regime_of(plan: Plan | None, dtype: torch.dtype) -> Regime:
+    """Return how blocks treat their tokens under a plan: float16 needs a float32 residual stream beside it."""
+    pieces = {} if plan is None else {"hidden_pieces": plan.hidden_pieces, "head_groups": plan.head_groups}
+    return Regime(dtype=dtype if dtype == torch.float16 else None, **pieces)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.nodes import host_standalone
 from comfyui_kandinsky5.nodes.host import SampleRequest
@@ -98,3 +99,43 @@ def test_a_cancelled_sample_leaves_a_host_that_works(host, models, texts):
         host.sample(handle, request(texts))
     host.on_progress = None
     assert torch.equal(host.sample(handle, request(texts)), wanted)
+
+
+def test_pieces_of_a_plan_reach_the_model_and_change_nothing_visible(host, models, texts):
+    handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
+    wanted = host.sample(handle, request(texts))
+    plan = replace(STREAMED, hidden_pieces=3, head_groups=2)
+    got = host.sample(replace(handle, plan=plan), request(texts))
+    chosen = host._resident[1].visual_transformer_blocks[0].regime
+    assert (chosen.hidden_pieces, chosen.head_groups) == (3, 2)
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("plan", [None, STREAMED])
+def test_float16_has_a_float32_stream_and_modulation(host, models, texts, plan):
+    loaded = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp16")
+    assert "residual stream, modulation and norms are float32" in loaded.report
+    exact = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
+    wanted = host.sample(exact, request(texts))
+    got = host.sample(replace(loaded.model, plan=plan), request(texts))
+    assert 0 < (got - wanted).norm() <= 0.01 * wanted.norm()
+    transformer = host._resident[1]
+    assert transformer.visual_transformer_blocks[0].regime.dtype is torch.float16
+    assert transformer.time_embeddings.in_layer.weight.dtype is torch.float32
+    if plan is None:
+        assert transformer.out_layer.out_layer.weight.dtype is torch.float16
+        assert transformer.out_layer.modulation.out_layer.weight.dtype is torch.float32
+
+
+def test_a_device_without_bf16_gets_float16_and_says_so(host, models, monkeypatch):
+    monkeypatch.setattr(host_standalone, "_has_bf16", lambda device: False)
+    loaded = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="auto")
+    assert loaded.model.dtype is torch.float16
+    assert "does not compute in bfloat16" in loaded.report
+
+
+def test_overflow_is_an_error_and_not_a_black_clip(host, models, texts):
+    texts[0][0][0] *= 1e30
+    handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp16").model
+    with pytest.raises(KandinskyError, match=r"NaN or Inf in torch.float16. Load it with dtype bf16 or fp32"):
+        host.sample(handle, request(texts))

@@ -68,7 +68,7 @@ def test_query_norm_and_rotation(tokens):
     exact = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     # Products of two roundings' size cancel in the rotation, so errors are measured against the pair's length.
     length = exact.unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(*exact.shape[:-1], 16, 2).flatten(-2)
-    got = attention._heads(tokens.clone(), attention.query_norm, rope)
+    got = attention.heads(tokens.clone(), attention.query_norm, rope)
     twice = rotate(normed.bfloat16().float(), rope).bfloat16()
 
     def worst(value: Tensor) -> float:
