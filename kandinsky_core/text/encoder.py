@@ -247,8 +247,8 @@ def load_text_encoder(
 
     `dtype` is Qwen's (None: as stored; fp8 becomes bfloat16); CLIP is float32 as released. Tokenizers lie beside the
     weights or in the folders given. Weights are memory-mapped until `device` or use asks for them. `streamed` leaves
-    Qwen's layers mapped for good and lets them visit `device` (see `TextEncoder.stream`): 0.9 GB there instead of
-    13 GB. The weights of an fp8 file are not mapped: multiplied by their scales they take main memory.
+    Qwen's layers mapped for good and lets them visit `device` (see `TextEncoder.stream`): in bf16 0.9 GB there instead
+    of 13 GB. Packed weights travel packed.
     """
     qwen_file = open_checkpoint(qwen_path, part="text_encoder")
     clip_file = open_checkpoint(clip_path, part="text_encoder_2")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
+from comfyui_kandinsky5.kandinsky_core.io.convert import convert
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.nodes import host_standalone
 from comfyui_kandinsky5.nodes.host import SampleRequest
@@ -139,3 +140,18 @@ def test_overflow_is_an_error_and_not_a_black_clip(host, models, texts):
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp16").model
     with pytest.raises(KandinskyError, match=r"NaN or Inf in torch.float16. Load it with dtype bf16 or fp32"):
         host.sample(handle, request(texts))
+
+
+@pytest.mark.parametrize("form", ["fp8", "gguf-Q8_0"])
+def test_packed_weights_travel_packed(host, models, texts, tmp_path, form):
+    packed = tmp_path / ("packed.gguf" if form.startswith("gguf") else "packed.safetensors")
+    convert(models / "diffusion_models" / tiny.VIDEO, packed, form)
+    handle = host.load_model(packed, variant=None, dtype="fp32").model
+    wanted = host.sample(handle, request(texts))
+    got = host.sample(replace(handle, plan=STREAMED), request(texts))
+    assert torch.equal(got, wanted)
+    (stream,) = host._streams
+    packed_bytes = stream.pass_bytes
+    plain = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
+    host.sample(replace(plain, plan=STREAMED), request(texts))
+    assert packed_bytes < host._streams[0].pass_bytes / 2
