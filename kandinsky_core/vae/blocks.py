@@ -51,8 +51,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(activate(self.norm1(x)))
-        h = self.conv2(activate(self.norm2(h)))
+        h = self.norm2(self.conv1(activate(self.norm1(x))))
+        h = self.conv2(activate(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -106,10 +106,10 @@ class DownBlock(nn.Module):
         self.resnets = _resnets(channels_in, channels_out, depth, layers)
         self.downsamplers = nn.ModuleList([down]) if down is not None else ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """What it runs; not as a forward of its own, because its caller would hold its input until it is done."""
+        return (*self.resnets, *self.downsamplers)
 
 
 class UpBlock(nn.Module):
@@ -122,10 +122,10 @@ class UpBlock(nn.Module):
         self.resnets = _resnets(channels_in, channels_out, depth, layers)
         self.upsamplers = nn.ModuleList([up]) if up is not None else ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """What it runs, as in `DownBlock`."""
+        return (*self.resnets, *self.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -153,7 +153,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
+            for layer in block.layers:
+                x = layer(x)
         return self.conv_out(activate(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -182,7 +183,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
-            x = block(x)
+            for layer in block.layers:
+                x = layer(x)
         return self.conv_out(activate(self.conv_norm_out(x)))
 
 

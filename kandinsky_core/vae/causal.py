@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .hunyuan import CausalConv3d, Upsampler
 
+Caches = tuple[Tensor, ...]  # what a layer remembers
 Write = Callable[[Tensor], object]  # fills the [B,C,T,H,W] view it is given
 
 
@@ -44,13 +45,15 @@ class Padded:
         """The view without the border."""
         return self.buffer[..., 1:-1, 1:-1]
 
-    def tail(self, frames: int, cache: Tensor | None) -> Tensor:
-        """Keep the last frames, in the storage of the cache if there is one."""
+    def tail(self, frames: int, cache: Tensor | None) -> Caches:
+        """Keep the last frames, if any, in the storage of the cache if there is one."""
+        if not frames:
+            return ()
         inner = self.inner
         if inner.shape[2] < frames:  # a lone first frame, which stands for those before it
             inner = inner[:, :, -1:].expand(-1, -1, frames, -1, -1)
         tail = inner[:, :, -frames:]
-        return tail.clone(memory_format=torch.contiguous_format) if cache is None else cache.copy_(tail)
+        return (tail.clone(memory_format=torch.contiguous_format) if cache is None else cache.copy_(tail),)
 
 
 def replicate_border(buffer: Tensor) -> None:
@@ -70,8 +73,10 @@ class StreamedConv:
         )  # a strided kernel reaches back one frame only
         self._conv = conv
 
-    def __call__(self, write: Write, x: Tensor, channels: int, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve what `write` makes of `x`, in `channels` channels; returns the output and the new cache."""
+    def __call__(
+        self, write: Write, x: Tensor, channels: int, cache: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, Caches]:
+        """Convolve what `write` makes of `x`, in `channels` channels; returns the output and, to `keep`, the past."""
         layer = self._conv.conv
         if cache is None and x.shape[2] == 1 and type(layer) is nn.Conv3d:
             padded = Padded.filled(write, x, channels, 0, None)
@@ -80,7 +85,7 @@ class StreamedConv:
             front = layer.kernel_size[0] - 1 if cache is None else self.history
             padded = Padded.filled(write, x, channels, front, cache)
             out = layer(padded.buffer)
-        return out, padded.tail(self.history, cache)
+        return out, padded.tail(self.history if keep else 0, cache)
 
 
 class StreamedUp:
@@ -97,15 +102,15 @@ class StreamedUp:
         own = type(self._layer) is nn.Conv3d
         self._kernels = phase_kernels(self._layer.weight.detach(), self.time) if own else None
 
-    def __call__(self, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the enlarged `x` and the new cache; the clip's first frame is not repeated in time."""
+    def __call__(self, x: Tensor, cache: Tensor | None, *, keep: bool) -> tuple[Tensor, Caches]:
+        """Return the enlarged `x` and, to `keep`, the past; the clip's first frame is not repeated in time."""
         padded = Padded.filled(lambda view: view.copy_(x), x, x.shape[1], self.history, cache)
         out = (
             self._plain(padded, cache is None)
             if self._kernels is None
             else self._phases(padded, cache is None)
         )
-        return out, padded.tail(self.history, cache)
+        return out, padded.tail(self.history if keep else 0, cache)
 
     def _plain(self, padded: Padded, first: bool) -> Tensor:
         x = padded.inner

@@ -12,9 +12,9 @@ from ..shapes import pixel_frames
 from .hunyuan import HunyuanVideoVAE, check_latent
 from .passage import OnPiece, Passage, Piece
 from .plan import LATE_TILE, MODES, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
-from .sampled import sample, sampled_latents
+from .sampled import sample
 from .statistics import Given, Recorded, Running, Source, Statistics
-from .tiling import OnTile
+from .tiling import OnTile, sampled_latents
 from .windows import Windows
 
 

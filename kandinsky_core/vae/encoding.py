@@ -10,15 +10,16 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, pixel_frames
+from .convolution import sound_convolutions
 from .hunyuan import HunyuanVideoVAE, check_pixels
 from .moments import Moments
 from .plan import REFERENCE, STREAM, EncodePlan
 from .region import Region
-from .sampled import sample, sampled_latents
+from .sampled import sample
 from .stages import encoder_stages
 from .statistics import Given, Recorded, Source, Statistics
 from .stream import Pace, Stream
-from .tiling import OnTile, first_frame
+from .tiling import OnTile, first_frame, sampled_latents
 
 
 @torch.no_grad()
@@ -104,14 +105,15 @@ def _encoded(
     latents = latent_frames(x_BCTHW.shape[2])
     frame = Region(0, x_BCTHW.shape[3], 0, x_BCTHW.shape[4])
     stages = encoder_stages(vae, torch.empty(0, dtype=x_BCTHW.dtype, device=device), latents)
-    stream = Stream(stages=stages, core=frame, frame=frame)
+    stream = Stream(stages=stages, core=frame, frame=frame, latents=latents)
     pace = Pace(chunk=plan.chunk, caches_on_host=plan.caches_on_host, device=device, source=source)
     out: list[Tensor] = []
     # A clip that one chunk holds goes through at once, so that norms without given statistics see all of it.
     edges = [0, latents] if latents <= plan.chunk else [0, *range(1, latents, plan.chunk), latents]
     for start, stop in pairwise(edges):
         stream.feed(x_BCTHW[:, :, first_frame(start, VAE_TEMPORAL) : first_frame(stop, VAE_TEMPORAL)])
-        stream.drain(pace, lambda x, _: out.append(x.to(x_BCTHW.device)))
+        with sound_convolutions(device, x_BCTHW.dtype):
+            stream.drain(pace, lambda x, _: out.append(x.to(x_BCTHW.device)))
         on_latents(stop - start)
     return torch.cat(out, 2)
 

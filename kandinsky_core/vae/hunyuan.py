@@ -15,6 +15,7 @@ from ..errors import ShapeError
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, snap_frames
 from ..variants import VAESpec
 from .blocks import NORM_EPS, PIXEL_CHANNELS, Decoder, Encoder, Layers, check_sides, check_spec
+from .convolution import sound_convolutions
 from .moments import Moments
 from .tiling import DECODE, ENCODE, OnTile, Plan, reference_plan, run_plan
 
@@ -127,9 +128,10 @@ class HunyuanVideoVAE(nn.Module):
         check_pixels(x_BCTHW)
         _, _, frames, height, width = x_BCTHW.shape
         plan = plan or reference_plan(latent_frames(frames), height // VAE_SPATIAL, width // VAE_SPATIAL)
-        return Moments.split(
-            run_plan(plan, x_BCTHW, lambda x: self.quant_conv(self.encoder(x)), ENCODE, on_tile)
-        )
+        with sound_convolutions(x_BCTHW.device, x_BCTHW.dtype):
+            return Moments.split(
+                run_plan(plan, x_BCTHW, lambda x: self.quant_conv(self.encoder(x)), ENCODE, on_tile)
+            )
 
     def decode(self, z_BCTHW: Tensor, *, plan: Plan | None = None, on_tile: OnTile | None = None) -> Tensor:
         """Decode raw latents `[B,16,n,h,w]` to pixels `[B,3,4(n-1)+1,8h,8w]`, about -1...1, not clamped.
@@ -138,7 +140,8 @@ class HunyuanVideoVAE(nn.Module):
         """
         check_latent(z_BCTHW, self.spec)
         plan = plan or reference_plan(*z_BCTHW.shape[2:])
-        return run_plan(plan, z_BCTHW, lambda z: self.decoder(self.post_quant_conv(z)), DECODE, on_tile)
+        with sound_convolutions(z_BCTHW.device, z_BCTHW.dtype):
+            return run_plan(plan, z_BCTHW, lambda z: self.decoder(self.post_quant_conv(z)), DECODE, on_tile)
 
 
 def check_latent(z_BCTHW: Tensor, spec: VAESpec) -> None:

@@ -75,7 +75,9 @@ class Passage:
         self._frame = frame_region(*z_BCTHW.shape[3:])
         stages = self._stages()
         self._late = late_index(stages)
-        self._front: Stream | None = Stream(stages=stages, core=self._frame, frame=self._frame)
+        self._front: Stream | None = Stream(
+            stages=stages, core=self._frame, frame=self._frame, latents=self._latents
+        )
         self._tiles: list[Stream] | None = None  # still to be decoded, the first may be under way
         self._features: Features | None = None
         self._shape(plan)

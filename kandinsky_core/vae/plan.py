@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -16,8 +17,8 @@ from ..errors import BudgetError, KandinskyError, ShapeError
 from ..shapes import VAE_SPATIAL, pixel_frames
 from ..variants import VAESpec
 from . import footprint
-from .footprint import decoder_steps, encoder_steps, split_steps
-from .tiling import OVERLAP, WINDOW, tile_spans, time_windows
+from .footprint import Cut, Network
+from .tiling import OVERLAP, WINDOW, sampled_latents, tile_spans, time_windows
 
 REFERENCE, STREAM, LATE_TILE, SINGLE_PASS = "reference", "stream", "late-tile", "single-pass"
 MODES = (REFERENCE, STREAM, LATE_TILE, SINGLE_PASS)
@@ -73,28 +74,11 @@ class EncodePlan:
 _Plan = TypeVar("_Plan", DecodePlan, EncodePlan)
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One piece of one axis: it writes `start...stop` and reads `before` cells ahead of that and `after` behind."""
-
-    start: int
-    stop: int
-    before: int
-    after: int
-
-    @property
-    def read(self) -> int:
-        """Cells it reads."""
-        return self.before + self.stop - self.start + self.after
-
-
-def late_cuts(cells: int, count: int) -> tuple[Cut, ...]:
-    """Cut a side of the grid that late tiles start from (2 cells per latent cell) into `count` equal pieces."""
+def late_cuts(latent_cells: int, count: int) -> tuple[Cut, ...]:
+    """Cut a side into `count` pieces as equal as the grid that late tiles start from allows, as `Region.cut` does."""
+    cells = footprint.LATE_SPACE * latent_cells
     edges = [cells * index // count for index in range(count + 1)]
-    return tuple(
-        Cut(start, stop, min(footprint.HALO, start), min(footprint.HALO, cells - stop))
-        for start, stop in pairwise(edges)
-    )
+    return tuple(Cut(start, stop, cells) for start, stop in pairwise(edges))
 
 
 def reference_tile_px(cells: int, count: int) -> int:
@@ -147,7 +131,7 @@ def plan_encode(
     Raises `BudgetError` if nothing fits.
     """
     _check(latent_thw, mode, (AUTO, REFERENCE, STREAM))
-    plans = _encode_plans(spec, latent_thw, itemsize, mode)
+    plans = encode_plans(spec, latent_thw, itemsize, mode)
     return _first_that_fits(plans, free_bytes, f"Encoding {_size(spec, latent_thw)} (mode {mode})")
 
 
@@ -181,7 +165,7 @@ def decode_plans(
     Of the late tiles only those that are worth it, or those asked for.
     """
     if spec.kind == "flux":
-        yield from _whole(spec, latent_thw, itemsize)
+        yield from _picture(spec, latent_thw, itemsize)
         return
     if mode == REFERENCE:
         yield from _windows(spec, latent_thw, itemsize)
@@ -198,43 +182,55 @@ def decode_plans(
             yield from _chunks(spec, latent_thw, itemsize, SINGLE_PASS, on_host=on_host)
 
 
+def _picture(spec: VAESpec, latent_thw: tuple[int, int, int], itemsize: int) -> Iterator[DecodePlan]:
+    """List the image autoencoder's only way: one pass."""
+    _, rows, columns = latent_thw
+    network = footprint.decoder_network(spec)
+    if network.indexable(1, 1, Cut.whole(rows), Cut.whole(columns)):
+        yield DecodePlan(
+            mode=REFERENCE, latent_thw=latent_thw, chunk=1, itemsize=itemsize,
+            peak_bytes=footprint.module_bytes(spec, network, itemsize, 1, rows, columns),
+        )  # fmt: skip
+
+
 def _whole(spec: VAESpec, latent_thw: tuple[int, int, int], itemsize: int) -> Iterator[DecodePlan]:
     """List one pass over everything, if kernels can index it."""
     latents, rows, columns = latent_thw
-    steps = decoder_steps(spec)
-    if footprint.indexable(steps, latents, latents, rows, columns):
+    network = footprint.decoder_network(spec)
+    if network.indexable(latents, latents, Cut.whole(rows), Cut.whole(columns)):
         yield DecodePlan(
             mode=REFERENCE, latent_thw=latent_thw, chunk=latents, itemsize=itemsize,
-            peak_bytes=footprint.pass_bytes(steps, itemsize, latents, rows, columns),
+            peak_bytes=footprint.chunk_bytes(spec, network, itemsize, latents, latent_thw, on_host=False),
         )  # fmt: skip
 
 
 def _windows(spec: VAESpec, latent_thw: tuple[int, int, int], itemsize: int) -> Iterator[DecodePlan]:
-    """List the released windows with more and more of the released tiles."""
+    """List the released windows with more and more of the released tiles; grids without smaller tiles are left out."""
     latents, *sides = latent_thw
-    steps = decoder_steps(spec)
+    network = footprint.decoder_network(spec)
     windows = [span.stop - span.start for span in time_windows(latents)]
-    ideal = footprint.macs(steps, latents, *sides)
-    plans = []
+    once = sum(_ideal(network, (window, *sides)) for window in windows) / _ideal(network, latent_thw)
+    grids = []
     for tiles in _tile_grids(*sides):
         tile_px = [reference_tile_px(cells, count) for cells, count in zip(sides, tiles, strict=True)]
-        if not all(
+        if all(
             count == 1 or OVERLAP * VAE_SPATIAL < px < VAE_SPATIAL * cells
             for cells, count, px in zip(sides, tiles, tile_px, strict=True)
         ):
-            continue  # tiles no larger than what they share, or as large as the side
-        spans = [tile_spans(cells, px) for cells, px in zip(sides, tile_px, strict=True)]
-        tile = [side[0].stop for side in spans]
-        if footprint.indexable(steps, max(windows), max(windows), *tile):
-            passes = len(spans[0]) * len(spans[1])
-            plans.append(
-                DecodePlan(
-                    mode=REFERENCE, latent_thw=latent_thw, chunk=max(windows), tiles=tiles, itemsize=itemsize,
-                    peak_bytes=footprint.pass_bytes(steps, itemsize, max(windows), *tile),
-                    work=passes * sum(footprint.macs(steps, window, *tile) for window in windows) / ideal,
-                )
+            rows, columns = (tile_spans(cells, px) for cells, px in zip(sides, tile_px, strict=True))
+            area = rows[0].stop * columns[0].stop
+            grids.append((len(rows) * len(columns) * area, area, tiles, (rows[0].stop, columns[0].stop)))
+    least = math.prod(sides) + 1
+    for computed, area, tiles, tile in sorted(grids):
+        if area < least and network.indexable(max(windows), max(windows), *map(Cut.whole, tile)):
+            least = area
+            peak = footprint.chunk_bytes(spec, network, itemsize, max(windows), (max(windows), *tile), on_host=False)
+            # A window's pixels are put together from its tiles, which are kept for their neighbours to fade into.
+            pixels = 0 if tiles == (1, 1) else 2 * footprint.pixels(max(windows), *sides)
+            yield DecodePlan(
+                mode=REFERENCE, latent_thw=latent_thw, chunk=max(windows), tiles=tiles, itemsize=itemsize,
+                peak_bytes=peak + itemsize * pixels, work=once * computed / math.prod(sides),
             )  # fmt: skip
-    yield from sorted(plans, key=lambda plan: plan.work)
 
 
 def _chunks(
@@ -242,13 +238,13 @@ def _chunks(
 ) -> Iterator[DecodePlan]:
     """List causal chunks of whole frames, largest first."""
     latents, rows, columns = latent_thw
-    steps = decoder_steps(spec)
+    network = footprint.decoder_network(spec)
     for chunk in _possible(CHUNKS, latents):
-        if footprint.indexable(steps, chunk, latents, rows, columns):
+        if network.indexable(chunk, latents, Cut.whole(rows), Cut.whole(columns)):
             yield DecodePlan(
                 mode=mode, latent_thw=latent_thw, chunk=chunk, caches_on_host=on_host, itemsize=itemsize,
-                peak_bytes=footprint.chunk_bytes(spec, steps, itemsize, chunk, latent_thw, on_host=on_host),
-                work=_work_of_statistics(latents) if mode == STREAM and chunk < latents else 1.0,
+                peak_bytes=footprint.chunk_bytes(spec, network, itemsize, chunk, latent_thw, on_host=on_host),
+                work=_with_statistics(latents) if mode == STREAM and chunk < latents else 1.0,
             )  # fmt: skip
 
 
@@ -256,74 +252,91 @@ def _late_tiles(
     spec: VAESpec, latent_thw: tuple[int, int, int], itemsize: int, tiles: tuple[int, int] | None
 ) -> Iterator[DecodePlan]:
     """List late tiles by their work, first with everything on the device, then with the past in main memory."""
-    latents, *sides = latent_thw
-    early, late = split_steps(spec)
-    ideal = footprint.macs(decoder_steps(spec), *latent_thw)
-    grids = list(_late_grids(sides[0], sides[1], tiles))
+    latents, rows, columns = latent_thw
+    early, late = footprint.decoder_parts(spec)
+    grids = _late_grids(spec, latent_thw, tiles)
     for on_host in (False, True):
-        for area, grid, tile in grids:
-            work = (footprint.macs(early, *latent_thw) + footprint.macs(late, latents, area, 1)) / ideal
+        for work, grid, tile in grids:
             for chunk in _possible(LATE_CHUNKS, latents):
-                indexable = (
-                    footprint.indexable(early, chunk, latents, *sides),
-                    footprint.indexable(late, chunk, latents, *tile),
-                )
-                if all(indexable):
+                if early.indexable(chunk, latents, Cut.whole(rows), Cut.whole(columns)) and late.indexable(
+                    chunk, latents, *tile
+                ):
                     yield DecodePlan(
                         mode=LATE_TILE, latent_thw=latent_thw, chunk=chunk, tiles=grid, caches_on_host=on_host,
                         peak_bytes=footprint.late_bytes(spec, itemsize, chunk, latent_thw, tile, on_host=on_host),
-                        work=work * _work_of_statistics(latents), itemsize=itemsize,
+                        work=work * _with_statistics(latents), itemsize=itemsize,
                     )  # fmt: skip
 
 
+@lru_cache(64)
 def _late_grids(
-    rows: int, columns: int, only: tuple[int, int] | None
-) -> Iterator[tuple[float, tuple[int, int], tuple[float, float]]]:
-    """List (area computed, grid, largest tile) by area, in latent cells; grids without smaller tiles are left out."""
+    spec: VAESpec, latent_thw: tuple[int, int, int], only: tuple[int, int] | None
+) -> tuple[tuple[float, tuple[int, int], tuple[Cut, Cut]], ...]:
+    """List (work, grid, largest tile), least work first; grids whose tiles are not smaller for it are left out."""
+    latents, *sides = latent_thw
     grids = []
-    for grid in _tile_grids(2 * rows, 2 * columns) if only is None else (only,):
-        cuts = [late_cuts(2 * cells, count) for cells, count in zip((rows, columns), grid, strict=True)]
-        area = math.prod(sum(cut.read for cut in side) / 2 for side in cuts)
-        grids.append(
-            (area, grid, (max(cut.read for cut in cuts[0]) / 2, max(cut.read for cut in cuts[1]) / 2))
-        )
-    least = float(rows * columns)
-    for area, grid, tile in sorted(grids):
-        if math.prod(tile) < least:
-            least = math.prod(tile)
-            yield area, grid, tile
+    for grid in [only] if only else _tile_grids(*(footprint.LATE_SPACE * side for side in sides)):
+        cuts = [late_cuts(side, count) for side, count in zip(sides, grid, strict=True)]
+        computed = math.prod(sum(map(_pixels, side)) for side in cuts)
+        tile = (max(cuts[0], key=_pixels), max(cuts[1], key=_pixels))
+        grids.append((computed, math.prod(map(_pixels, tile)), grid, cuts, tile))
+    early, late = footprint.decoder_parts(spec)
+    early_macs = _ideal(early, latent_thw)
+    kept, least = [], math.prod(sides) * VAE_SPATIAL**2
+    for _, area, grid, cuts, tile in sorted(grids, key=lambda entry: entry[:3]):
+        if area < least:
+            least = area
+            macs = early_macs + late.macs(latents, *cuts)
+            kept.append((macs / _ideal(footprint.decoder_network(spec), latent_thw), grid, tile))
+    return tuple(sorted(kept, key=lambda entry: entry[0]))
 
 
-def _encode_plans(
+def _pixels(cut: Cut) -> int:
+    """Length in pixels of what a late tile computes in the end; the context it needs there is 8 px."""
+    return cut.length(VAE_SPATIAL, VAE_SPATIAL)
+
+
+def encode_plans(
     spec: VAESpec, latent_thw: tuple[int, int, int], itemsize: int, mode: str
 ) -> Iterator[EncodePlan]:
     """List the ways to encode, best first."""
     latents, rows, columns = latent_thw
-    steps = encoder_steps(spec)
-    windows = [span.stop - span.start for span in time_windows(latents)] if spec.kind == "hunyuan" else [1]
-    if (mode == REFERENCE or len(windows) == 1) and footprint.indexable(
-        steps, max(windows), max(windows), rows, columns
-    ):
-        yield EncodePlan(
-            mode=REFERENCE, latent_thw=latent_thw, chunk=max(windows), itemsize=itemsize,
-            peak_bytes=footprint.pass_bytes(steps, itemsize, max(windows), rows, columns),
-            work=sum(footprint.macs(steps, window, rows, columns) for window in windows)
-            / footprint.macs(steps, *latent_thw),
-        )  # fmt: skip
-    if mode == REFERENCE or spec.kind == "flux":
+    network = footprint.encoder_network(spec)
+    frame = Cut.whole(rows), Cut.whole(columns)
+    if spec.kind == "flux" or mode == REFERENCE:
+        windows = [span.stop - span.start for span in time_windows(latents)]
+        if network.indexable(max(windows), max(windows), *frame):
+            yield EncodePlan(
+                mode=REFERENCE, latent_thw=latent_thw, chunk=max(windows), itemsize=itemsize,
+                peak_bytes=footprint.module_bytes(spec, network, itemsize, max(windows), rows, columns),
+                work=sum(network.macs(window, *([cut] for cut in frame)) for window in windows)
+                / _ideal(network, latent_thw),
+            )  # fmt: skip
         return
     for on_host in (False, True):
-        for chunk in _possible(CHUNKS, latents):
-            if footprint.indexable(steps, chunk, latents, rows, columns):
+        for chunk in _possible((WINDOW, *CHUNKS) if latents <= WINDOW else CHUNKS, latents):
+            if network.indexable(chunk, latents, *frame):
                 yield EncodePlan(
                     mode=STREAM, latent_thw=latent_thw, chunk=chunk, caches_on_host=on_host, itemsize=itemsize,
-                    peak_bytes=footprint.chunk_bytes(spec, steps, itemsize, chunk, latent_thw, on_host=on_host),
-                    work=_work_of_statistics(latents) if chunk < latents else 1.0,
+                    peak_bytes=footprint.chunk_bytes(spec, network, itemsize, chunk, latent_thw, on_host=on_host),
+                    work=_with_statistics(latents) if chunk < latents else 1.0,
                 )  # fmt: skip
 
 
-def _work_of_statistics(latents: int) -> float:
-    return 1 + 2 * min(3 * WINDOW, latents) / latents
+def _ideal(network: Network, latent_thw: tuple[int, int, int]) -> int:
+    """Multiply-adds of one pass without overlap."""
+    latents, rows, columns = latent_thw
+    return network.macs(latents, [Cut.whole(rows)], [Cut.whole(columns)])
+
+
+def _with_statistics(latents: int) -> float:
+    """Work with that of sampling the statistics, over the decode's own."""
+    return 1 + sampled_latents(latents) / latents
+
+
+def _possible(chunks: Iterable[int], latents: int) -> list[int]:
+    """Chunks that a clip can have: none longer than the clip."""
+    return sorted({min(chunk, latents) for chunk in chunks}, reverse=True)
 
 
 def _tile_grids(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -333,11 +346,6 @@ def _tile_grids(rows: int, columns: int) -> list[tuple[int, int]]:
         for down in range(1, min(MOST_TILES, rows) + 1)
         for across in range(1, min(MOST_TILES // down, columns) + 1)
     ]
-
-
-def _possible(chunks: Iterable[int], frames: int) -> list[int]:
-    """Chunks that a clip of `frames` latent frames can have: none longer than the clip."""
-    return sorted({min(chunk, frames) for chunk in chunks}, reverse=True)
 
 
 def _first_that_fits(plans: Iterable[_Plan], free_bytes: int | None, what: str) -> _Plan:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL
 from .blocks import FrameCausalAttention, MidBlock, ResBlock
-from .causal import StreamedConv, StreamedUp
+from .causal import Caches, StreamedConv, StreamedUp
 from .hunyuan import HunyuanVideoVAE, level_factors
 from .region import Region
 from .statistics import Norm, Seen, Source
 
 Flow = tuple[Tensor, ...]
-Caches = tuple[Tensor, ...]
 INDEX_LIMIT = 2**31  # elements of the largest tensor: 32-bit indices of convolution kernels
 
 
@@ -38,6 +37,7 @@ class Now:
     core: Region  # of the activation: the piece without its context
     rate: int
     source: Source
+    last: bool  # nothing comes after: nothing need be remembered
 
 
 class Layer(Protocol):
@@ -90,8 +90,10 @@ class Inlet:
         """Convolve."""
         (x,) = flow
         x = x if self._before is None else self._before(x)
-        out, cache = self._conv(lambda view: view.copy_(x), x, x.shape[1], now.caches and now.caches[0])
-        return (out,), (cache,)
+        out, caches = self._conv(
+            lambda view: view.copy_(x), x, x.shape[1], now.caches and now.caches[0], keep=not now.last
+        )
+        return (out,), caches
 
 
 class NormConv:
@@ -108,10 +110,13 @@ class NormConv:
         """Return the convolution's output and the caches."""
         norm = self._norm
         moments = now.source.moments(Seen(norm.name, norm.groups, x, now.core, now.rate))
-        out, cache = self._conv(
-            lambda view: norm.write(x, moments, view, silu=True), x, x.shape[1], now.caches and now.caches[0]
+        return self._conv(
+            lambda view: norm.write(x, moments, view, silu=True),
+            x,
+            x.shape[1],
+            now.caches and now.caches[0],
+            keep=not now.last,
         )
-        return out, (cache,)
 
 
 class ResFirst(NormConv):
@@ -211,10 +216,10 @@ class Step:
         (x,) = flow
         cache = now.caches and now.caches[0]
         if isinstance(self._conv, StreamedUp):
-            out, cache = self._conv(x, cache)
+            out, caches = self._conv(x, cache, keep=not now.last)
         else:
-            out, cache = self._conv(lambda view: view.copy_(x), x, x.shape[1], cache)
-        return (out,), (cache,)
+            out, caches = self._conv(lambda view: view.copy_(x), x, x.shape[1], cache, keep=not now.last)
+        return (out,), caches
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Stream:
     stages: Sequence[Stage]
     core: Region
     frame: Region  # the whole frame, in pixels
+    latents: int  # of the whole clip, in latent frames
     caches: list[Caches | None] = field(default_factory=list)
     at: list[int] = field(default_factory=list)  # frames each stage has taken; the last: frames given
     flows: list[tuple[int, Flow]] = field(
@@ -101,10 +102,14 @@ class Stream:
             core=self._on_grid(self.core, stage).inside(here),
             rate=stage.rate,
             source=pace.source,
+            last=at + piece[0].shape[2] == stage.rate * (self.latents - 1) + 1,
         )
         pace.source.begin()
         out, caches = stage.layer(piece, now)
-        self.caches[index] = parked(caches, kept) if pace.caches_on_host else caches
+        if now.last:
+            self.caches[index] = None
+        else:
+            self.caches[index] = parked(caches, kept) if pace.caches_on_host else caches
         pace.source.commit()
         self.at[index] += piece[0].shape[2]
         self.flows[-1:] = [(index, rest), (index + 1, out)] if rest[0].shape[2] else [(index + 1, out)]
@@ -123,6 +128,7 @@ class Stream:
                 stages=self.stages[part],
                 core=self.core,
                 frame=self.frame,
+                latents=self.latents,
                 caches=self.caches[part],
                 at=self.at[part.start : part.stop + 1],
                 flows=[
@@ -142,6 +148,7 @@ class Stream:
             stages=self.stages,
             core=core,
             frame=self.frame,
+            latents=self.latents,
             at=list(self.at),
             caches=[None] * len(self.stages),
         )

@@ -82,6 +82,18 @@ def time_windows(frames: int) -> tuple[Span, ...]:
     )
 
 
+def sample_windows(latents: int) -> tuple[slice, ...]:
+    """Choose what is sampled: the first, the middle and the last 5 latent frames, fewer windows of a short clip."""
+    last = max(latents - WINDOW, 0)
+    starts = {0, last} if latents < 3 * WINDOW else {0, last // 2, last}
+    return tuple(slice(start, min(start + WINDOW, latents)) for start in sorted(starts))
+
+
+def sampled_latents(latents: int) -> int:
+    """Return how many latent frames sampling computes: its windows, twice."""
+    return 2 * sum(window.stop - window.start for window in sample_windows(latents))
+
+
 def tile_spans(cells: int, tile_px: int) -> tuple[Span, ...]:
     """Cut one side of `cells` latent cells into tiles of `tile_px` that overlap by 32 px.
 

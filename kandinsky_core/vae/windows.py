@@ -79,7 +79,7 @@ class Windows:
 def one_pass(stages: Sequence[Stage], z_BCTHW: Tensor) -> Tensor:
     """Decode a latent at once, normalised with its own statistics."""
     frame = frame_region(*z_BCTHW.shape[3:])
-    stream = Stream(stages=stages, core=frame, frame=frame)
+    stream = Stream(stages=stages, core=frame, frame=frame, latents=z_BCTHW.shape[2])
     pace = Pace(chunk=z_BCTHW.shape[2], caches_on_host=False, device=z_BCTHW.device, source=Recorded())
     out: list[Tensor] = []
     stream.feed(z_BCTHW)

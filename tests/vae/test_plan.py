@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_VAE_SPEC, VIDEO_VAE_SPEC
 
 GIB = 2**30
-REPEATABLE = settings(deadline=None, derandomize=True, max_examples=40)
+REPEATABLE = settings(deadline=None, derandomize=True, max_examples=25)
 GRIDS = st.tuples(st.integers(1, 61), st.integers(2, 100), st.integers(2, 180))
 FREE = st.floats(0.1, 90).map(lambda gib: int(gib * GIB))
 SIZES = ((512, 768), (768, 512), (512, 512), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (1024, 1024))
@@ -64,11 +64,12 @@ def test_weights_are_counted_from_the_spec(spec):
 def test_multiply_adds_are_those_of_the_reference():
     area = CLIP[1] * CLIP[2] * 64
     frames = 4  # of one later latent frame
-    count = footprint.macs(footprint.decoder_steps(HUNYUAN_VAE), 1001, *CLIP[1:])
+    frame = [footprint.Cut.whole(CLIP[1])], [footprint.Cut.whole(CLIP[2])]
+    count = footprint.decoder_network(HUNYUAN_VAE).macs(1001, *frame)
     assert count / 1001 / frames / area == pytest.approx(
         6.48e6, rel=0.002
     )  # with upsamplers in their short form
-    count = footprint.macs(footprint.encoder_steps(HUNYUAN_VAE), 1001, *CLIP[1:])
+    count = footprint.encoder_network(HUNYUAN_VAE).macs(1001, *frame)
     assert count / 1001 / frames / area == pytest.approx(4.53e6, rel=0.002)
 
 
@@ -97,7 +98,7 @@ def test_every_trained_size_fits_six_gigabytes(height_width, frames):
     plan = decode(shape.latent_thw, 5.0)
     assert plan.mode in (STREAM, LATE_TILE) and needed_bytes(plan.peak_bytes) <= 5 * GIB
     for cells, count in zip(shape.latent_thw[1:], plan.tiles, strict=True):
-        cuts = late_cuts(2 * cells, count)
+        cuts = late_cuts(cells, count)
         assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])] and cuts[
             -1
         ].stop == 2 * cells
@@ -130,7 +131,7 @@ def test_more_memory_is_never_more_work(latent_thw, free_bytes, more_bytes):
     assert roomy.work <= plan.work or tiled == [True, False]  # host memory is the last resort
 
 
-@settings(REPEATABLE, max_examples=20)
+@settings(REPEATABLE, max_examples=12)
 @given(GRIDS, st.sampled_from((AUTO, *MODES)))
 def test_the_ladder_goes_down_and_never_back_to_whole_frames(latent_thw, mode):
     rungs = list(ladder(next(decode_plans(HUNYUAN_VAE, latent_thw, 2, mode), None)))
@@ -219,7 +220,7 @@ def test_encoding_takes_whole_frames_in_chunks():
         return plan_encode(HUNYUAN_VAE, latent_thw, free_bytes=free_bytes, itemsize=2, **settings)
 
     assert (encode(CLIP).mode, encode(CLIP).chunk) == (STREAM, 4)
-    assert encode((1, 64, 96)).mode == REFERENCE and encode((1, 64, 96)).work == 1
+    assert [(encode((n, 64, 96)).chunk, encode((n, 64, 96)).work) for n in (1, 5)] == [(1, 1), (5, 1)]  # one pass
     tight = encode(CLIP, 4.0)
     assert tight.mode == STREAM and tight.chunk < 4 and needed_bytes(tight.peak_bytes) <= 4 * GIB
     assert encode(CLIP, 3.0).caches_on_host

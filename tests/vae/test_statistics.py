@@ -8,7 +8,6 @@ from comfyui_kandinsky5.kandinsky_core.errors import ShapeError
 from comfyui_kandinsky5.kandinsky_core.vae.causal import StreamedUp
 from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import CausalConv3d, Upsampler
 from comfyui_kandinsky5.kandinsky_core.vae.region import Region
-from comfyui_kandinsky5.kandinsky_core.vae.sampled import sample_windows, sampled_latents
 from comfyui_kandinsky5.kandinsky_core.vae.statistics import (
     Given,
     GroupMoments,
@@ -19,6 +18,7 @@ from comfyui_kandinsky5.kandinsky_core.vae.statistics import (
     Statistics,
     measure,
 )
+from comfyui_kandinsky5.kandinsky_core.vae.tiling import sample_windows, sampled_latents
 from tiny_vae import Own
 from torch import nn
 from torch.testing import assert_close
