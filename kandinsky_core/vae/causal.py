@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .hunyuan import CausalConv3d, Upsampler
 
-Caches = tuple[Tensor, ...]  # what a layer remembers
 Write = Callable[[Tensor], object]  # fills the [B,C,T,H,W] view it is given
 
 
@@ -45,15 +44,15 @@ class Padded:
         """The view without the border."""
         return self.buffer[..., 1:-1, 1:-1]
 
-    def tail(self, frames: int, cache: Tensor | None) -> Caches:
+    def tail(self, frames: int, cache: Tensor | None) -> Tensor | None:
         """Keep the last frames, if any, in the storage of the cache if there is one."""
         if not frames:
-            return ()
+            return None
         inner = self.inner
         if inner.shape[2] < frames:  # a lone first frame, which stands for those before it
             inner = inner[:, :, -1:].expand(-1, -1, frames, -1, -1)
         tail = inner[:, :, -frames:]
-        return (tail.clone(memory_format=torch.contiguous_format) if cache is None else cache.copy_(tail),)
+        return tail.clone(memory_format=torch.contiguous_format) if cache is None else cache.copy_(tail)
 
 
 def replicate_border(buffer: Tensor) -> None:
@@ -74,9 +73,9 @@ class StreamedConv:
         self._conv = conv
 
     def __call__(
-        self, write: Write, x: Tensor, channels: int, cache: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor, Caches]:
-        """Convolve what `write` makes of `x`, in `channels` channels; returns the output and, to `keep`, the past."""
+        self, write: Write, x: Tensor, channels: int, cache: Tensor | None, *, keep: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Convolve what `write` makes of `x`, in `channels` channels; returns the output and, to `keep`, the cache."""
         layer = self._conv.conv
         if cache is None and x.shape[2] == 1 and type(layer) is nn.Conv3d:
             padded = Padded.filled(write, x, channels, 0, None)
@@ -102,8 +101,10 @@ class StreamedUp:
         own = type(self._layer) is nn.Conv3d
         self._kernels = phase_kernels(self._layer.weight.detach(), self.time) if own else None
 
-    def __call__(self, x: Tensor, cache: Tensor | None, *, keep: bool) -> tuple[Tensor, Caches]:
-        """Return the enlarged `x` and, to `keep`, the past; the clip's first frame is not repeated in time."""
+    def __call__(
+        self, x: Tensor, cache: Tensor | None, *, keep: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the enlarged `x` and, to `keep`, the cache; the clip's first frame is not repeated in time."""
         padded = Padded.filled(lambda view: view.copy_(x), x, x.shape[1], self.history, cache)
         out = (
             self._plain(padded, cache is None)

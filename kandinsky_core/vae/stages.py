@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL
 from .blocks import FrameCausalAttention, MidBlock, ResBlock
-from .causal import Caches, StreamedConv, StreamedUp
+from .causal import StreamedConv, StreamedUp
 from .hunyuan import HunyuanVideoVAE, level_factors
 from .region import Region
 from .statistics import Norm, Seen, Source
 
 Flow = tuple[Tensor, ...]
+Caches = tuple[Tensor | None, ...]  # None where nothing need be remembered
 INDEX_LIMIT = 2**31  # elements of the largest tensor: 32-bit indices of convolution kernels
 
 
@@ -90,10 +91,10 @@ class Inlet:
         """Convolve."""
         (x,) = flow
         x = x if self._before is None else self._before(x)
-        out, caches = self._conv(
+        out, cache = self._conv(
             lambda view: view.copy_(x), x, x.shape[1], now.caches and now.caches[0], keep=not now.last
         )
-        return (out,), caches
+        return (out,), (cache,)
 
 
 class NormConv:
@@ -110,13 +111,14 @@ class NormConv:
         """Return the convolution's output and the caches."""
         norm = self._norm
         moments = now.source.moments(Seen(norm.name, norm.groups, x, now.core, now.rate))
-        return self._conv(
+        out, cache = self._conv(
             lambda view: norm.write(x, moments, view, silu=True),
             x,
             x.shape[1],
             now.caches and now.caches[0],
             keep=not now.last,
         )
+        return out, (cache,)
 
 
 class ResFirst(NormConv):
@@ -216,10 +218,10 @@ class Step:
         (x,) = flow
         cache = now.caches and now.caches[0]
         if isinstance(self._conv, StreamedUp):
-            out, caches = self._conv(x, cache, keep=not now.last)
+            out, cache = self._conv(x, cache, keep=not now.last)
         else:
-            out, caches = self._conv(lambda view: view.copy_(x), x, x.shape[1], cache, keep=not now.last)
-        return (out,), caches
+            out, cache = self._conv(lambda view: view.copy_(x), x, x.shape[1], cache, keep=not now.last)
+        return (out,), (cache,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def test_a_cache_one_frame_too_short_shows(small, monkeypatch):
     def forgetful(self, frames, cache):
         kept = tail(self, frames, cache)
         if frames == 2:
-            kept[0][:, :, 0] = kept[0][:, :, 1]
+            kept[:, :, 0] = kept[:, :, 1]
         return kept
 
     monkeypatch.setattr(causal.Padded, "tail", forgetful)
