@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--fps", type=float, help="frames per second (default: as the latent was made, else 24)")
     decode.set_defaults(command=_decode)
 
+    estimate = commands.add_parser("estimate", help="what a run needs: memory by stage, what fits, what to change")
+    _add_question(estimate)
+    estimate.set_defaults(command=_estimate)
+
     for command in (run, generate, decode, measure):
         command.add_argument("--out", type=Path, default=Path("output"), help="folder for results (default: output)")
         command.add_argument("--device", help="device to compute on (default: the accelerator if there is one)")
@@ -94,12 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     nodes.set_defaults(command=_nodes)
     variants = commands.add_parser("variants", help="list the known models and their settings")
     variants.set_defaults(command=_variants)
-    for command in (run, generate, decode, measure, nodes):
+    for command in (run, generate, decode, estimate, measure, nodes):
         command.add_argument(
             "--models", type=Path,
             help="models folder in ComfyUI's layout (default: $KANDINSKY5_MODELS, else ./models)",
         )  # fmt: skip
-    for command in (run, generate, decode, measure, convert, nodes, variants):
+    for command in (run, generate, decode, estimate, measure, convert, nodes, variants):
         command.add_argument("--json", action="store_true", help="write one JSON object to standard output")
         command.add_argument("--verbose", action="store_true", help="write the log to standard error")
     return parser
@@ -129,6 +133,58 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     ):
         command.add_argument(f"--{name}", type=kind, help=f"{text} (default: as released)")
     command.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
+
+
+def _add_question(command: argparse.ArgumentParser) -> None:
+    """Add the options that `Question` reads, and the budget."""
+    command.add_argument("--variant", help="which model ('kandinsky5 variants' lists them)")
+    command.add_argument("--workflow", help="read model and sizes from a workflow: path, or name of a bundled one")
+    for name, kind, text in (
+        ("width", int, "pixels, a multiple of 16"),
+        ("height", int, "pixels, a multiple of 16"),
+        ("frames", int, "4n+1; 1 is a picture"),
+        ("batch", int, "clips at once"),
+        ("guidance", float, "1: no second pass"),
+        ("steps", int, "sampling steps"),
+    ):
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: as the workflow says, else as released)")
+    command.add_argument(
+        "--precision", help="of the weights: bf16, published, fp16, fp32, fp8, q8_0 or q4_k (default: bf16)"
+    )
+    command.add_argument(
+        "--attention", choices=("auto", "dense", "nabla"), default="auto",
+        help="auto: as trained, or as the workflow has it",
+    )  # fmt: skip
+    command.add_argument(
+        "--kept", type=float, default=0.25, help="share of the attention that NABLA keeps (default: %(default)s)"
+    )
+    command.add_argument("--start-image", action="store_true", help="a picture is encoded, too")
+    command.add_argument(
+        "--budget", default="auto",
+        help="device memory to plan for: auto (what is free here), 8, 12, 16 or 24 for a card of that size, or free GB",
+    )  # fmt: skip
+    command.add_argument("--device", help="device that auto means (default: the accelerator if there is one)")
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from ..kandinsky_core.memory.report import summary, values
+    from .estimate import Question, budget_of, job_of
+    from .workflow import parse, read_document
+
+    host, types = _prepare(arguments)
+    graph = None
+    if arguments.workflow is not None:
+        graph = parse(read_document(_workflow_path(arguments.workflow)), types)
+    given = {field.name: getattr(arguments, field.name) for field in fields(Question)}
+    job = job_of(Question(**given), graph, is_cpu=arguments.budget == "auto" and host.is_processor)
+    budget_bytes = budget_of(arguments.budget, host)
+    if arguments.json:
+        _write_json(values(job, budget_bytes=budget_bytes))
+    else:
+        sys.stdout.write(summary(job, budget_bytes=budget_bytes) + "\n")
+    return OK
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ def node_list() -> list[type[io.ComfyNode]]:
     from .editing import K5ImageEdit
     from .latents import K5LoadLatent
     from .loaders import K5LoadModel, K5LoadTextEncoder, K5LoadVAE
+    from .memory import K5MemoryEstimate, K5MemoryPlan
     from .sampling import K5Sample
     from .size import K5EmptyLatent, K5Size
     from .vae import K5VAEDecode, K5VAEEncode
@@ -32,6 +33,8 @@ def node_list() -> list[type[io.ComfyNode]]:
         K5Nabla,
         K5NablaReport,
         K5AttentionError,
+        K5MemoryEstimate,
+        K5MemoryPlan,
     ]
 
 

@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from ..kandinsky_core.io.latents import saved_latents
+from ..kandinsky_core.memory.measurement import Measurement
+from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text import TextFeatures
 from ..kandinsky_core.text.tokens import CLIP_TOKENS
@@ -116,6 +118,30 @@ class VAEFacts:
     file: str = ""  # name of the weights file, "" where it is not known
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryMode:
+    """Who moves a model's weights, and how."""
+
+    name: str
+    note: str  # for the user
+    host_moves_weights: bool  # then a plan chooses pieces and tiles only
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Device memory of the last sampling run."""
+
+    peak_bytes: int
+    with_weights: bool  # all that was in use on the device; False: live tensors of the run, counted one by one
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Measured | None:
+        """Return what a measurement found, None when it found nothing."""
+        if measurement.peak_bytes is None:
+            return None
+        return cls(measurement.peak_bytes, measurement.with_weights)
+
+
 class Host(ABC):
     """What a host offers to the nodes. Every method may raise `KandinskyError` with a message for the user."""
 
@@ -186,6 +212,40 @@ class Host(ABC):
     @abstractmethod
     def attention_of(self, model: Any) -> AttentionRun | None:
         """Return the run that `with_attention` gave this MODEL or one it was copied from, None when there is none."""
+
+    # -- memory -----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def is_processor(self) -> bool:
+        """Whether models run on the processor, so that device memory is main memory."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Return the device memory a run may use once other models have made room; 0 where it cannot be told."""
+
+    @abstractmethod
+    def memory_mode(self) -> MemoryMode:
+        """Return who moves weights."""
+
+    @abstractmethod
+    def weights_of(self, model: Any) -> str:
+        """Return how a MODEL's weights are held, a name of `memory.estimate.PRECISIONS`."""
+
+    @abstractmethod
+    def with_plan(self, model: Any, plan: Plan, *, measures: bool = False) -> Any:
+        """Return a copy of MODEL that runs as `plan` says.
+
+        `measures`: count live tensors of each run on a processor too, which costs time; a device is always measured.
+        """
+
+    @abstractmethod
+    def plan_of(self, model: Any) -> Plan | None:
+        """Return the plan that `with_plan` gave this MODEL or one it was copied from, None when there is none."""
+
+    @abstractmethod
+    def measured(self) -> Measured | None:
+        """Return what the last sampling run needed, None when it was not measured."""
 
     # -- work -------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError
+from ..kandinsky_core.memory.measurement import Measurement
+from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
-from . import comfy_attention, comfy_clip, comfy_model, comfy_vae
+from . import comfy_attention, comfy_clip, comfy_model, comfy_plan, comfy_vae
 from .files import is_model_folder
 from .host import (
     GGUF_FOLDERS,
@@ -31,6 +33,8 @@ from .host import (
     EncodedText,
     Host,
     LoadedModel,
+    Measured,
+    MemoryMode,
     Progress,
     SampleRequest,
     VAEFacts,
@@ -123,6 +127,39 @@ class ComfyHost(Host):
         patch = _sampling_patch(model)
         return None if patch is None else float(patch.shift)
 
+    # -- memory -----------------------------------------------------------------------------------------------
+
+    _measured: Measured | None = None
+
+    @property
+    def is_processor(self) -> bool:
+        """Whether core computes on the processor."""
+        return comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device())
+
+    def free_bytes(self) -> int:
+        """Return what is free once core has evicted other models."""
+        return comfy_plan.free_bytes()
+
+    def memory_mode(self) -> MemoryMode:
+        """Return the mode of core's loader."""
+        return comfy_plan.mode()
+
+    def weights_of(self, model: Any) -> str:
+        """Return how core holds the weights."""
+        return comfy_plan.weights_of(model)
+
+    def with_plan(self, model: Any, plan: Plan, *, measures: bool = False) -> Any:
+        """Return a clone whose network runs in the plan's pieces; weights stay core's business."""
+        return comfy_plan.patched(model, plan, measures)
+
+    def plan_of(self, model: Any) -> Plan | None:
+        """Return what a node before patched in."""
+        return comfy_plan.plan_of(model)
+
+    def measured(self) -> Measured | None:
+        """Return what the last run needed."""
+        return self._measured
+
     # -- work -------------------------------------------------------------------------------------------------
 
     def encode_text(
@@ -140,16 +177,19 @@ class ComfyHost(Host):
         # A guider needs both prompts; at guidance 1 it leaves the second one out by itself.
         guider.set_conds(request.positive, request.negative or request.positive)
         guider.set_cfg(request.guidance)
-        samples = guider.sample(
-            comfy.sample.prepare_noise(latent, request.seed, request.latent.get("batch_index")),
-            latent,
-            comfy.samplers.sampler_object(request.sampler_name),
-            request.sigmas,
-            denoise_mask=request.latent.get("noise_mask"),
-            callback=_preview(model, request),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=request.seed,
-        )
+        device = comfy.model_management.get_torch_device()
+        with Measurement(device, counts=comfy_plan.measures(model)) as measurement:
+            samples = guider.sample(
+                comfy.sample.prepare_noise(latent, request.seed, request.latent.get("batch_index")),
+                latent,
+                comfy.samplers.sampler_object(request.sampler_name),
+                request.sigmas,
+                denoise_mask=request.latent.get("noise_mask"),
+                callback=_preview(model, request),
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=request.seed,
+            )
+        self._measured = Measured.of(measurement)
         return samples.to(
             comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype()
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
 from ..kandinsky_core.io.mapped import mapping_dtype
+from ..kandinsky_core.memory.measurement import Measurement, free_bytes
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.ram import free_ram_bytes
 from ..kandinsky_core.memory.stream import BlockStream
@@ -52,6 +53,8 @@ from .host import (
     EncodedText,
     Host,
     LoadedModel,
+    Measured,
+    MemoryMode,
     Progress,
     SampleRequest,
     VAEFacts,
@@ -85,6 +88,7 @@ class ModelHandle:
     dtype: torch.dtype
     attention: AttentionRun | None = field(default=None, compare=False)  # the weights are the same with and without
     plan: Plan | None = None  # None: all weights on the device
+    measures: bool = field(default=False, compare=False)  # count tensors on a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ class StandaloneHost(Host):
         self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
         self._resident: tuple[Hashable, Any] | None = None
         self._streams: list[BlockStream] = []  # of what is loaded
+        self._measured: Measured | None = None
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -290,6 +295,38 @@ class StandaloneHost(Host):
     def _autoencoder(self, vae: VAEHandle) -> Any:
         return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)
 
+    # -- memory -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_processor(self) -> bool:
+        """Whether the device is the processor."""
+        return self.device.type == "cpu"
+
+    def free_bytes(self) -> int:
+        """Return what is free on the device; what is loaded counts as used, unless it is mapped from its file."""
+        return free_bytes(self.device)
+
+    def memory_mode(self) -> MemoryMode:
+        """Say that the plan moves the weights."""
+        note = "a model is loaded as a whole, unless a plan lets blocks travel"
+        return MemoryMode("the plan", note, host_moves_weights=False)
+
+    def weights_of(self, model: ModelHandle) -> str:
+        """Return the precision a handle is loaded in."""
+        return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+
+    def with_plan(self, model: ModelHandle, plan: Plan, *, measures: bool = False) -> ModelHandle:
+        """Return a handle that is loaded and run as the plan says."""
+        return replace(model, plan=plan, measures=measures)
+
+    def plan_of(self, model: Any) -> Plan | None:
+        """Return the plan of a handle."""
+        return model.plan if isinstance(model, ModelHandle) else None
+
+    def measured(self) -> Measured | None:
+        """Return what the last run needed."""
+        return self._measured
+
     # -- work -------------------------------------------------------------------------------------------------
     # Without gradients also when a script calls these directly: a kept graph would hold all activations.
 
@@ -337,14 +374,16 @@ class StandaloneHost(Host):
         steps = len(request.sigmas) - 1
         self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
         progress = self.progress(steps)
-        x_BCTHW = sample(
-            velocity,
-            noise(start_BCTHW.shape, request.seed).to(self.device),
-            request.sigmas,
-            start_BCTHW=start_BCTHW if raw.any() else None,
-            known=known,
-            on_step=lambda done, *_: progress.tick(done),
-        )
+        with Measurement(self.device, counts=model.measures) as measurement:
+            x_BCTHW = sample(
+                velocity,
+                noise(start_BCTHW.shape, request.seed).to(self.device),
+                request.sigmas,
+                start_BCTHW=start_BCTHW if raw.any() else None,
+                known=known,
+                on_step=lambda done, *_: progress.tick(done),
+            )
+        self._measured = Measured.of(measurement)
         if not x_BCTHW.isfinite().all():
             raise KandinskyError(
                 f"{model.path.name} gave NaN or Inf in {model.dtype}. Load it with dtype bf16 or fp32; if it does so "

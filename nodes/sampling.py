@@ -26,6 +26,7 @@ from .host import (
     SampleRequest,
     host,
 )
+from .memory import memory_line
 
 CATEGORY = "Kandinsky 5/sampling"
 AUTO, ON, OFF = "auto", "on", "off"
@@ -175,6 +176,7 @@ class K5Sample(io.ComfyNode):
             _start_report(samples, known, normalises),
             "edits the given picture" if KNOWN_EDIT in positive[0][1] else "",
             _attention_report(model),
+            memory_line(model, row, latent, settings.guidance, max(len(part[0][0]) for part in positive)),
             host().variant_note(model),
         )
         facts = {"variant": row.name, "fps": row.fps, "seed": seed}

@@ -146,4 +146,5 @@ io = SimpleNamespace(
     Image=_io_type("IMAGE"),
     Mask=_io_type("MASK"),
     Video=_io_type("VIDEO"),
+    Custom=_io_type,
 )
