@@ -9,7 +9,7 @@ A heads, E head width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -33,9 +33,11 @@ from ..kandinsky_core.errors import BackendUnavailable, ShapeError
 from ..kandinsky_core.io import Identity, fill, identify, open_checkpoint
 from ..kandinsky_core.io.checkpoint import Checkpoint
 from ..kandinsky_core.io.header import TensorInfo
+from ..kandinsky_core.memory.activation import Forward
 from ..kandinsky_core.model import CrossDiT
 from ..kandinsky_core.model.attention import Attend
 from ..kandinsky_core.model.layers import Modulate, computed
+from ..kandinsky_core.vae.plan import needed_bytes
 from ..kandinsky_core.variants import (
     FLUX_VAE,
     HUNYUAN_VAE,
@@ -60,11 +62,6 @@ INFERENCE_DTYPES = [
     torch.bfloat16,
     torch.float32,
 ]  # released inference never ran in fp16; it must be asked for
-
-# Peak live bytes of one forward in activations [N, width] (measured: 7.4 at 4096 tokens in bf16, falling with size).
-# Core's estimate is per latent cell (a quarter of a token) in units of 0.01 MiB per byte of dtype.
-LIVE_ACTIVATIONS = 10
-MEMORY_UNIT = 4 * 0.01 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +228,6 @@ class K5Config(comfy.supported_models_base.BASE):
         super().__init__({"image_model": "kandinsky5", "spec": row.spec, "rope_at": row.rope_at})
         self.row = row
         self.sampling_settings = {"shift": row.shift}
-        self.memory_usage_factor = LIVE_ACTIVATIONS * row.spec.model_dim / MEMORY_UNIT
 
 
 class K5BaseModel(comfy.model_base.Kandinsky5):
@@ -243,6 +239,21 @@ class K5BaseModel(comfy.model_base.Kandinsky5):
             self, config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedCrossDiT
         )
         self.row = config.row
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> float:  # noqa: ARG002
+        """Return the bytes that core makes room for before a network call on `input_shape` [B,C,(T,)H,W]."""
+        batch, _, *cells = input_shape
+        t, h, w = self.row.spec.patch_size
+        frames, rows, columns = (1, *cells)[-3:]
+        forward = Forward(
+            spec=self.row.spec,
+            batch=batch,
+            visual_tok=-(-frames // t) * -(-rows // h) * -(-columns // w),
+            text_tok=self.row.qwen_tokens,
+            itemsize=comfy.model_management.dtype_size(self.get_dtype_inference()),
+            is_cpu=False,  # core's pieces matter on a device only
+        )
+        return needed_bytes(forward.peak_bytes())
 
     def concat_cond(self, **kwargs: Any) -> Tensor | None:
         """Return the channels behind the latent: none (T2I), [edit latent | 1] (editing), [0 | known mask] (video)."""

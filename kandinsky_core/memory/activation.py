@@ -71,9 +71,10 @@ class Tokens:
     def heads(self, *, turns: bool) -> int:
         """What splitting into normed (and rotated) heads needs beyond the projected tokens it starts from."""
         if self.is_whole:
-            # The widened tokens, the normed and the turned ones are new, and so is the result.
-            copies = 1 + turns + (not self.is_float and not turns)
-            return copies * self.wide() + (0 if self.is_float else self.nbytes)
+            # The widened tokens and the normed ones; or those and the turned ones, and then the result.
+            if self.is_float:
+                return (1 + turns) * self.wide()
+            return 2 * self.wide() + (self.nbytes if turns else 0)
         if self.is_cpu:
             return 0 if self.is_float else self.in_turn(1, of_batch=True)
         # Where PyTorch has no fused norm, that is two copies.
@@ -115,6 +116,7 @@ class Forward:
     is_cpu: bool
     hidden_pieces: int = 1  # at least so many pieces of the hidden tensor
     head_groups: int = 1  # self-attention runs in so many groups of heads
+    stream_itemsize: int | None = None  # bytes of the residual stream's activations; None: those of all others
     sparse: int | None = None  # what block-sparse attention needs besides q, k, v and its result; None: dense
 
     @property
@@ -124,6 +126,16 @@ class Forward:
             batch=self.batch, count=self.visual_tok, width=self.spec.model_dim, itemsize=self.itemsize,
             is_cpu=self.is_cpu,
         )  # fmt: skip
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream."""
+        return self.visual.nbytes * (self.stream_itemsize or self.itemsize) // self.itemsize
+
+    @property
+    def added(self) -> int:
+        """What a residual sum takes that cannot reuse its branch: a stream of another type."""
+        return 0 if self.stream_itemsize in (None, self.itemsize) else self.stream
 
     @property
     def text(self) -> Tokens:
@@ -141,8 +153,8 @@ class Forward:
 
     def _text_phase(self) -> int:
         text = self.text
-        whole = replace(self, head_groups=1, sparse=None)
-        blocks = max(whole._self_attention(text), text.nbytes + self._feed_forward(text))
+        whole = replace(self, head_groups=1, hidden_pieces=1, stream_itemsize=None, sparse=None)
+        blocks = max(whole._self_attention(text), text.nbytes + whole._feed_forward(text))
         return text.nbytes + max(text.nbytes, self._rope(text) + blocks)
 
     def _embedding_phase(self) -> int:
@@ -153,16 +165,15 @@ class Forward:
     def _block_phase(self) -> int:
         visual = self.visual
         # A caller's name for the first block's input lives as long as all blocks run.
-        held = visual.nbytes * min(2, self.spec.num_visual_blocks)
-        return self._carried + held + max(
-            self._self_attention(visual), self._cross_attention(), visual.nbytes + self._feed_forward(visual)
-        )  # fmt: skip
+        held = self.stream * min(2, self.spec.num_visual_blocks)
+        later = self.stream + max(self._cross_attention(), self._feed_forward(visual))
+        return self._carried + held + max(self._self_attention(visual), later)
 
     def _output_phase(self) -> int:
         cells = self.batch * self.visual_tok * self._patch * self.spec.out_visual_dim * self.itemsize
         visual = self.visual
         ordered = visual.nbytes if self.sparse is not None else 0
-        return self._carried + visual.nbytes + max(ordered, visual.nbytes + max(visual.norm, cells), 2 * cells)
+        return self._carried + self.stream + max(ordered, visual.nbytes + max(visual.norm, cells), 2 * cells)
 
     @property
     def _patch(self) -> int:
@@ -196,11 +207,11 @@ class Forward:
             attended, merged = self._attention(x, x), 2 * size
         else:
             attended, merged = size + self.sparse, 3 * size
-        return max(size + x.norm, 3 * size + turned, 4 * size, 3 * size + attended, merged, 2 * size + x.residual)
+        summed = 2 * size + self.added + x.residual
+        return max(size + x.norm, 3 * size + turned, 4 * size, 3 * size + attended, merged, summed)
 
     def _grouped_attention(self, x: Tokens) -> int:
         """Beyond `x`: the joined result, and of one group of heads at a time the rest; tokens projected in parts."""
-        size = x.nbytes
         group = replace(x, width=-(-self.spec.heads // self.head_groups) * self.spec.head_dim)
         part = x.part(PART_BYTES)
         projecting = part.nbytes + max(part.norm, part.nbytes * group.width // x.width)
@@ -210,24 +221,25 @@ class Forward:
         else:
             attended = group.nbytes + self.sparse
         inside = max(three + projecting, three + group.heads(turns=True), three + attended, 2 * group.nbytes)
-        return size + max(inside, part.nbytes, x.residual)
+        return x.nbytes + max(inside, part.nbytes, self.added + x.residual)
 
     def _cross_attention(self) -> int:
-        """Beyond the block's input."""
+        """Beyond the block's input and what self-attention made of it."""
         x, text = self.visual, self.text
         size, pair = x.nbytes, 2 * text.nbytes
         if self.head_groups > 1:
             part = x.part(PART_BYTES)
             inside = max(part.norm, part.heads(turns=False) + part.nbytes, part.nbytes + self._attention(part, text))
-            return 2 * size + max(pair + part.nbytes + inside, text.heads(turns=False) + pair, x.residual)
-        projected = max(3 * size + x.heads(turns=False), 3 * size + text.nbytes + text.heads(turns=False))
-        attended = 2 * size + pair + self._attention(x, text)
-        return max(2 * size + x.norm, projected, 3 * size + pair, attended, 3 * size + x.residual)
+            widest = max(pair + part.nbytes + inside, text.heads(turns=False) + pair, self.added + x.residual)
+            return size + widest
+        projected = max(2 * size + x.heads(turns=False), 2 * size + text.nbytes + text.heads(turns=False))
+        attended = size + pair + self._attention(x, text)
+        return max(size + x.norm, projected, 2 * size + pair, attended, 2 * size + self.added + x.residual)
 
     def _feed_forward(self, x: Tokens) -> int:
         """Beyond the tokens that come in."""
-        size = x.nbytes
+        size, summed = x.nbytes, self.added + x.residual
         if self.hidden_pieces > 1:
             part = replace(x, count=-(-x.count // self.hidden_pieces))
-            return size + max(part.nbytes + max(part.norm, part.hidden(self.spec.ff_dim)), x.residual)
-        return size + max(x.norm, x.hidden(self.spec.ff_dim), x.residual)
+            return size + max(part.nbytes + max(part.norm, part.hidden(self.spec.ff_dim)), summed)
+        return size + max(x.norm, x.hidden(self.spec.ff_dim), summed)

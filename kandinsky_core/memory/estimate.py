@@ -37,13 +37,18 @@ class Precision:
         """Bytes of an activation."""
         return FLOAT if self.name == "fp32" else 2
 
+    @property
+    def stream(self) -> int:
+        """Bytes of an activation of the residual stream: float16 is too narrow for it."""
+        return FLOAT if self.name in ("fp16", "fp32") else 2
+
 
 PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("bf16", 2, 2),
         Precision("published", 2, FLOAT),  # the published files: bf16 with the modulation in float32
-        Precision("fp16", 2, 2),
+        Precision("fp16", 2, FLOAT),
         Precision("fp32", FLOAT, FLOAT),
         Precision("fp8", 1, 2),
         Precision("q8_0", 34 / 32, 2),  # GGUF: 32 values and a scale
@@ -256,7 +261,8 @@ def _forward(job: Job, plan: Plan, batch: int) -> Forward:
         )
     return Forward(
         spec=job.row.spec, batch=batch, visual_tok=job.shape.tokens, text_tok=job.tokens, itemsize=itemsize,
-        is_cpu=job.is_cpu, hidden_pieces=plan.hidden_pieces, head_groups=plan.head_groups, sparse=sparse,
+        stream_itemsize=PRECISIONS[job.precision].stream, is_cpu=job.is_cpu, hidden_pieces=plan.hidden_pieces,
+        head_groups=plan.head_groups, sparse=sparse,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from comfyui_kandinsky5.kandinsky_core.memory.estimate import (
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.memory.sparsity import sparse_bytes
 from comfyui_kandinsky5.kandinsky_core.memory.tracker import Tracker
-from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, dense
+from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, Regime, dense
 from comfyui_kandinsky5.kandinsky_core.sampling import TextCondition, guide, sample, timesteps, velocity_of
 from comfyui_kandinsky5.kandinsky_core.shapes import VideoShape
 from comfyui_kandinsky5.kandinsky_core.sparse.nabla import Nabla, NablaSettings, options
@@ -120,6 +120,34 @@ def test_a_prompt_is_encoded_in_the_estimated_memory(tokens):
         embeds = torch.zeros(1, tokens + 129, qwen.width, dtype=torch.bfloat16, device="meta")
         tower(inputs_embeds=embeds, use_cache=False)
     assert stage.work_bytes == pytest.approx(tracker.peak_bytes, rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "regime"),
+    [
+        (torch.bfloat16, Regime(hidden_pieces=8)),
+        (torch.bfloat16, Regime(hidden_pieces=16, head_groups=4)),
+        (torch.bfloat16, Regime(hidden_pieces=8, head_groups=8)),
+        (torch.float16, Regime(dtype=torch.float16)),
+        (torch.float16, Regime(dtype=torch.float16, hidden_pieces=8, head_groups=4)),
+    ],
+    ids=str,
+)
+def test_pieces_groups_and_a_wide_stream_count_as_they_do(dtype, regime):
+    spec = one_block("lite_t2v_5s_sft", blocks=2).spec
+    model = CrossDiT(spec, device="meta", dtype=dtype).eval()
+    model.set_regime(regime)
+    x = torch.zeros(1, 31, 64, 96, spec.visual_embed_dim, device="meta", dtype=dtype)
+    text = torch.zeros(1, 256, spec.in_text_dim, device="meta", dtype=dtype)
+    pooled = torch.zeros(1, spec.in_text_dim2, device="meta", dtype=dtype)
+    with torch.no_grad(), Tracker() as tracker:
+        model(x, text, pooled, torch.zeros(1, device="meta"))
+    found = Forward(
+        spec=spec, batch=1, visual_tok=31 * 32 * 48, text_tok=256, itemsize=2, is_cpu=False,
+        hidden_pieces=regime.hidden_pieces, head_groups=regime.head_groups,
+        stream_itemsize=4 if regime.dtype else None,
+    )  # fmt: skip
+    assert found.peak_bytes() == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 
 SPARSE = [(5, 16, 16), (13, 16, 16), (13, 12, 20)]

@@ -12,7 +12,8 @@ import pytest
 PACK = Path(__file__).parents[2]
 HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "comfy_extras", "execution", "server", "nodes"}
 BEHIND_THE_DOOR = {
-    "comfy_attention.py", "host_comfy.py", "comfy_model.py", "comfy_packed.py", "comfy_plan.py", "comfy_vae.py", "comfy_clip.py",
+    "comfy_attention.py", "host_comfy.py", "comfy_model.py", "comfy_packed.py", "comfy_plan.py", "comfy_vae.py",
+    "comfy_clip.py",
 }  # fmt: skip
 FORBIDDEN_AT_IMPORT = ("transformers", "diffusers", "av", "PIL", "safetensors.torch")
 
