@@ -67,6 +67,7 @@ logger = logging.getLogger("kandinsky5")
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 PINNED_SHARE = 0.5  # of the free main memory: page-locked copies of streamed blocks may take it
+TEXT_ROOM_BYTES = 1_000_000_000  # CLIP and what a prompt needs while it is encoded
 CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
 FLOAT16_NOTE = (
     "Matrices and attention are float16; the residual stream, modulation and norms are float32, since their values "
@@ -283,14 +284,28 @@ class StandaloneHost(Host):
         return transformer
 
     def _text_encoder(self, clip: TextHandle) -> TextEncoder:
-        streamed = clip.plan is not None and clip.plan.streams_text
+        streamed = self._streams_text(clip)
         # No page-locked copies: a prompt reads every layer once or twice, and making them would read all of them, too.
         encoder = load_text_encoder(
             clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, device=self.device,
-            streamed=streamed, prefetch=clip.plan.prefetch if streamed else 1,
+            streamed=streamed, prefetch=1 if clip.plan is None else clip.plan.prefetch,
         )  # fmt: skip
         self._streams += encoder.streams
         return encoder
+
+    def _streams_text(self, clip: TextHandle) -> bool:
+        """Whether layers of the text encoder travel: as its plan says, without one if they do not fit as a whole."""
+        if clip.plan is not None:
+            return clip.plan.streams_text
+        needed = open_checkpoint(clip.qwen, part="text_encoder").nbytes + TEXT_ROOM_BYTES
+        free = free_bytes(self.device)  # 0 where the device does not tell
+        if needed <= free or not free:
+            return False
+        logger.info(
+            "%s needs %.1f GB, %.1f GB are free on %s: its layers visit it one by one, with the same result.",
+            clip.qwen.name, needed / 1e9, free / 1e9, self.device,
+        )  # fmt: skip
+        return True
 
     def _autoencoder(self, vae: VAEHandle) -> Any:
         return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)

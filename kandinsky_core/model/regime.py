@@ -16,8 +16,8 @@ from .attention import Attend, Attention
 from .layers import FeedForward, gated_residual, modulated_norm, scaled_linear, traced
 
 PIECE_BYTES = 1 << 24  # of tokens that are projected at a time where a block works in pieces
-# What leaves a branch in float16 is divided by this before it is rounded, and multiplied by it in float32: branches of
-# trained models pass float16's 65504, a power of two costs no precision.
+# What leaves a branch in float16 is divided by this before it is rounded, and multiplied by it in float32: a branch may
+# pass float16's 65504 where the stream can hold it. A power of two keeps every digit.
 FLOAT16_RANGE = 64.0
 
 

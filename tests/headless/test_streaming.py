@@ -155,3 +155,12 @@ def test_packed_weights_travel_packed(host, models, texts, tmp_path, form):
     plain = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     host.sample(replace(plain, plan=STREAMED), request(texts))
     assert packed_bytes < host._streams[0].pass_bytes / 2
+
+
+@pytest.mark.parametrize(("free", "streams"), [(0, 0), (1 << 20, 2), (1 << 40, 0)])
+def test_a_text_encoder_that_does_not_fit_is_streamed(host, clip, monkeypatch, caplog, free, streams):
+    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free)
+    with caplog.at_level("INFO", logger="kandinsky5"):
+        host.encode_text(clip, "a cat", template="video", max_tokens=32)
+    assert len(host._streams) == streams
+    assert ("its layers visit it one by one" in caplog.text) == bool(streams)
