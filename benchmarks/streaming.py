@@ -11,7 +11,7 @@ weights in memory, and the results are compared bit by bit.
 text: the text tower of Qwen2.5-VL 7B encodes one prompt of random token ids, streamed layer by layer, its embeddings
 looked up on the host.
 overhead: processor seconds (or device seconds) and peak bytes of a few Lite blocks resident, streamed, and in
-diffusers' transformer with and without its group offload at block level, in one process.
+diffusers' transformer with and without its group offload at block level (which needs accelerate), in one process.
 
 Memory on a processor is the most anonymous RAM (RssAnon, Linux) above what the imports left: pages mapped from the
 file are not in it, since the system can drop them at any time. The files (4.6 and 14.2 GB) are written tensor by
