@@ -75,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", help="make the clip or picture of a latent that a run left behind")
     decode.add_argument("latent", nargs="?", help="path, or name in OUT/latents (default: the newest there)")
     decode.add_argument("--vae", help="autoencoder: path or name (default: the one the latent was made for)")
+    decode.add_argument(
+        "--mode", help="auto, reference, stream, late-tile or single-pass (default: as the latent was decoded)"
+    )
+    decode.add_argument("--memory", type=float, default=0.0, metavar="GIB", help="device memory that may be used")
     decode.add_argument("--fps", type=float, help="frames per second (default: as the latent was made, else 24)")
+    decode.add_argument("--format", default="mp4", help="container: mp4, mov or mkv (default: mp4)")
+    decode.add_argument("--codec", default="h264", help="h264 or lossless (default: h264)")
+    decode.add_argument("--crf", type=float, default=14.0, help="quality of h264, 0 best to 51 (default: 14)")
     decode.set_defaults(command=_decode)
 
     estimate = commands.add_parser("estimate", help="what a run needs: memory by stage, what fits, what to change")
@@ -211,10 +218,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
-    from .decode import build
+    from dataclasses import fields
+
+    from .decode import Resumption, build
 
     host, _ = _prepare(arguments)
-    graph = build(arguments.latent, arguments.vae, arguments.fps, host)
+    graph = build(Resumption(**{field.name: getattr(arguments, field.name) for field in fields(Resumption)}), host)
     return _execute(arguments, graph, node_types(), host, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,12 @@ from ..kandinsky_core.errors import KandinskyError, MediaError
 from ..kandinsky_core.io import media
 from ..nodes.comfy_io import io
 from ..nodes.host import host
+from ..nodes.standalone_output import Clip, free_paths, start_of
 
 CONTAINERS = {"auto": ".mp4", "mp4": ".mp4", "mkv": ".mkv"}
 CODECS = ("auto", "h264")
 ENCODING = "format.codec.encoding"
 IN_FOLDER = re.compile(r"(.*?) ?\[(input|output|temp)\]")  # how the editor names a file outside the input folder
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """VIDEO: frames 0…1 `[T,H,W,3]` and their rate per second."""
-
-    frames_THWC: Tensor
-    fps: float
 
 
 class LoadImage(io.ComfyNode):
@@ -85,7 +77,7 @@ class CreateVideo(io.ComfyNode):
     @classmethod
     def execute(cls, images: Tensor, fps: float, bit_depth: int = 8) -> io.NodeOutput:  # noqa: ARG003
         """Keep frames and rate together."""
-        return io.NodeOutput(Clip(images, fps))
+        return io.NodeOutput(Clip(shape_THW=tuple(images.shape[:3]), fps=fps, frames_THWC=images))
 
 
 class SaveVideo(io.ComfyNode):
@@ -118,13 +110,16 @@ class SaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, video: Clip, filename_prefix: str, format: str, **encoding: Any) -> io.NodeOutput:
-        """Write the clip with everything that led to it in its metadata."""
-        path = _free_paths(filename_prefix, CONTAINERS[format], 1)[0]
-        chosen = {"crf": encoding[f"{ENCODING}.crf"]} if encoding.get(ENCODING) == "re-encode" else {}
-        media.write_video(path, video.frames_THWC, fps=video.fps, metadata=host().running.metadata, **chosen)
-        frames, height, width = video.frames_THWC.shape[:3]
-        facts = {"kind": "video", "width": width, "height": height, "frames": frames, "fps": video.fps}
-        return io.NodeOutput(video, ui={"files": [{"path": str(path), **facts}]})
+        """Write the clip with everything that led to it in its metadata; one in a file of that kind is copied."""
+        suffix = video.path.suffix if video.path and format == "auto" else CONTAINERS[format]
+        path = free_paths(host().directory("output"), filename_prefix, suffix, 1)[0]
+        encodes = encoding.get(ENCODING) == "re-encode"
+        if video.path and video.path.suffix == suffix and not encodes:
+            media.copy_media(video.path, path)
+        else:
+            chosen = {"crf": encoding[f"{ENCODING}.crf"]} if encodes else {}
+            media.write_video(path, video.frames(), fps=video.fps, metadata=host().running.metadata, **chosen)
+        return io.NodeOutput(video, ui={"files": [{"path": str(path), **video.facts()}]})
 
 
 class SaveImage(io.ComfyNode):
@@ -181,7 +176,7 @@ def core_nodes() -> list[type[io.ComfyNode]]:
 
 def _save_images(images_THWC: Tensor, prefix: str) -> list[dict[str, Any]]:
     facts = {"kind": "image", "width": images_THWC.shape[2], "height": images_THWC.shape[1]}
-    paths = _free_paths(prefix, ".png", len(images_THWC))
+    paths = free_paths(host().directory("output"), prefix, ".png", len(images_THWC))
     for path, image_HWC in zip(paths, images_THWC, strict=True):
         media.write_png(path, image_HWC, metadata=host().running.metadata)
     return [{"path": str(path), **facts} for path in paths]
@@ -199,31 +194,11 @@ def _input_path(name: str) -> Path:
     return inside if inside.is_file() else Path(name).expanduser()
 
 
-def _free_paths(prefix: str, suffix: str, count: int) -> list[Path]:
-    """Return the next `count` free names `prefix_00001_.ext` of the output folder, as ComfyUI numbers them."""
-    start = _start(prefix)
-    taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}")
-    names = [path.name for path in start.parent.iterdir()] if start.parent.is_dir() else []
-    first = max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0) + 1
-    return [start.with_name(f"{start.name}_{number:05}_{suffix}") for number in range(first, first + count)]
-
-
-def _start(prefix: str) -> Path:
-    """Return the path that numbers are appended to; one outside the output folder raises `KandinskyError`."""
-    root = host().directory("output").resolve()
-    start = (root / prefix).resolve()
-    if not start.is_relative_to(root) or start == root:
-        raise KandinskyError(
-            f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name."
-        )
-    return start
-
-
 def _prefix_message(prefix: str | None) -> bool | str:
     """Return True, or why nothing can be saved under this prefix; None is a linked one."""
     try:
         if prefix is not None:
-            _start(prefix)
+            start_of(host().directory("output"), prefix)
     except KandinskyError as error:
         return str(error)
     return True

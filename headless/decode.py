@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..kandinsky_core.errors import CheckpointError
 from ..kandinsky_core.io.latents import SavedLatent, read_latent
+from ..kandinsky_core.vae.plan import AUTO
 from ..kandinsky_core.variants import VARIANTS
 from ..nodes import files
 from ..nodes.host import LATENTS
@@ -13,28 +16,49 @@ from ..nodes.host_standalone import StandaloneHost
 from .generate import NANO_VAES, USUAL, choose
 from .graph import Call, Graph, Link
 
-FPS = 24.0  # of clips whose latent does not tell
+STEM = "kandinsky5"
 
 
-def build(latent: str | None, vae: str | None, fps: float | None, host: StandaloneHost) -> Graph:
-    """Return the graph that decodes `latent`: a path, a name in the output folder's latents, None for the newest."""
-    name = _name(latent, host)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """What the user asked for; None means: as the latent was made."""
+
+    latent: str | None = None  # a path, or a name in the output folder's latents; None: the newest there
+    vae: str | None = None
+    mode: str | None = None
+    memory: float = 0.0  # GiB of the device; 0: what is free
+    fps: float | None = None
+    format: str = "mp4"
+    codec: str = "h264"
+    crf: float = 14.0
+
+
+def build(wish: Resumption, host: StandaloneHost) -> Graph:
+    """Return the graph that decodes the latent; files given as paths are made known to `host`."""
+    name = _name(wish.latent, host)
     saved = read_latent(host.latents()[name])
-    calls = [
-        Call("1", "K5LoadVAE", "K5LoadVAE", {"vae_name": _vae(vae, saved, host), "dtype": "auto"}),
-        Call("2", "K5LoadLatent", "K5LoadLatent", {"latent_name": name}),
-        Call("3", "K5VAEDecode", "K5VAEDecode", {"vae": Link("1", 0), "latent": Link("2", 0)}),
-    ]
-    stem = "kandinsky5"
+    graph: Graph = {}
+
+    def add(kind: str, **inputs: Any) -> Link:
+        call = Call(str(len(graph) + 1), kind, kind, inputs)
+        graph[call.id] = call
+        return Link(call.id, 0)
+
+    work: dict[str, Any] = {
+        "vae": add("K5LoadVAE", vae_name=_vae(wish.vae, saved, host), dtype="auto"),
+        "latent": add("K5LoadLatent", latent_name=name),
+        "mode": wish.mode or saved.facts.get("mode", AUTO),
+        "memory_gb": wish.memory,
+        "keep_latents": 0,  # it is on disk
+    }
     if saved.samples.ndim == 4:
-        calls.append(Call("4", "SaveImage", "SaveImage", {"images": Link("3", 0), "filename_prefix": stem}))
+        add("SaveImage", images=add("K5VAEDecodeTiled", **work), filename_prefix=STEM)
     else:
-        rate = fps or float(saved.facts.get("fps", FPS))
-        calls += [
-            Call("4", "CreateVideo", "CreateVideo", {"images": Link("3", 0), "fps": rate}),
-            Call("5", "SaveVideo", "SaveVideo", {"video": Link("4", 0), "filename_prefix": stem, "format": "mp4"}),
-        ]
-    return {call.id: call for call in calls}
+        add(
+            "K5DecodeVideo", **work, fps=wish.fps or 0.0, filename_prefix=STEM, format=wish.format, codec=wish.codec,
+            crf=wish.crf,
+        )  # fmt: skip
+    return graph
 
 
 def _name(given: str | None, host: StandaloneHost) -> str:

@@ -15,7 +15,8 @@ def node_list() -> list[type[io.ComfyNode]]:
     from .memory import K5MemoryEstimate, K5MemoryPlan
     from .sampling import K5Sample
     from .size import K5EmptyLatent, K5Size
-    from .vae import K5VAEDecode, K5VAEEncode
+    from .vae import K5VAEDecode, K5VAEDecodeTiled, K5VAEEncode
+    from .video import K5DecodeVideo
 
     return [
         K5LoadModel,
@@ -29,6 +30,8 @@ def node_list() -> list[type[io.ComfyNode]]:
         K5Sample,
         K5VAEEncode,
         K5VAEDecode,
+        K5VAEDecodeTiled,
+        K5DecodeVideo,
         K5LoadLatent,
         K5Nabla,
         K5NablaReport,

@@ -11,8 +11,10 @@ from importlib.util import find_spec
 INSIDE_COMFYUI = find_spec("comfy_api") is not None
 
 if INSIDE_COMFYUI:
-    from comfy_api.latest import ComfyExtension, io
+    from comfy_api.latest import ComfyExtension, InputImpl, io
 else:
     from .standalone_io import ComfyExtension, io
 
-__all__ = ["INSIDE_COMFYUI", "ComfyExtension", "io"]
+    InputImpl = None  # core's classes of values on the wires; only the host that is ComfyUI makes any
+
+__all__ = ["INSIDE_COMFYUI", "ComfyExtension", "InputImpl", "io"]

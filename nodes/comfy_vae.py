@@ -5,7 +5,6 @@ Legend: B batch, C channels, T frames, H rows, W columns (of pixels or latents).
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,18 @@ from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from comfy.ldm.modules.diffusionmodules.model import Decoder
 from torch import Tensor
 
-from ..kandinsky_core.errors import ShapeError
 from ..kandinsky_core.io import load_vae
 from ..kandinsky_core.shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, pixel_frames
 from ..kandinsky_core.vae.flux import FluxVAE
 from ..kandinsky_core.vae.hunyuan import HunyuanVideoVAE
 from ..kandinsky_core.vae.tiling import WINDOW
 from ..kandinsky_core.variants import VAESpec
+from .comfy_core_vae import network_of
 from .comfy_model import DTYPES
-from .host import VAEFacts
-
-logger = logging.getLogger("kandinsky5")
+from .host import VAEFacts, Workplace
 
 LATENT_CHANNELS = 16  # of both autoencoders
+ALL_BYTES = 1e30  # asked of core's `free_memory`: all there is
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 # Peak live bytes per pixel of the frame for each byte of dtype, measured with the published widths, a tenth added:
@@ -185,27 +183,43 @@ def facts(vae: Any) -> VAEFacts | None:
     return VAEFacts("flux") if is_image else None
 
 
-def encode(vae: Any, image_THWC: Tensor) -> Tensor:
-    """Encode with either VAE."""
-    if not isinstance(vae, K5VAE) and vae.latent_dim == 3 and len(image_THWC) > 1:
-        logger.warning(
-            "ComfyUI's own HunyuanVideo VAE encodes every latent after the first from shifted frames. "
-            "Use the Kandinsky 5 VAE Loader to encode clips."
-        )
-    return vae.encode(image_THWC[..., :3])
+class ComfyWorkplace(Workplace):
+    """A VAE, ours or core's, whose weights core moves.
 
+    Both compute in our graph: core's HunyuanVideo decoder has no causal mask, its encoder shifts the frames of clips.
+    """
 
-def decode(vae: Any, samples: Tensor) -> Tensor:
-    """Decode to IMAGE [B*T,H,W,3]."""
-    wanted = vae.latent_dim + 2
-    if samples.ndim == 4 and wanted == 5:
-        samples = samples.unsqueeze(2)
-    if samples.shape[1] != vae.latent_channels or (
-        wanted == 4 and samples.ndim == 5 and samples.shape[2] != 1
-    ):
-        raise ShapeError(
-            f"This VAE takes latents of {vae.latent_channels} channels and {wanted} axes; got {list(samples.shape)}. "
-            "Video latents need the HunyuanVideo VAE, picture latents the FLUX one."
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self.device, self.dtype = vae.device, vae.vae_dtype
+        is_ours = isinstance(vae, K5VAE)
+        self.network = vae.first_stage_model.vae if is_ours else network_of(vae.first_stage_model)
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Let core load the weights and unload other models as far as needed."""
+        comfy.model_management.load_models_gpu(
+            [self._vae.patcher], memory_required=needed_bytes, force_full_load=self._vae.disable_offload
         )
-    images = vae.decode(samples)
-    return images.flatten(0, 1) if images.ndim == 5 else images
+
+    def free_bytes(self) -> int:
+        """Return what core counts as free."""
+        return int(self._vae.patcher.get_free_memory(self.device))
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Ask core, too: it clears the error that some devices keep."""
+        return comfy.model_management.is_oom(error) or super().is_out_of_memory(error)
+
+    def release(self) -> None:
+        """Unload every model but this one and return cached blocks."""
+        loaded = comfy.model_management.current_loaded_models
+        own = [model for model in loaded if model.model is self._vae.patcher]
+        comfy.model_management.free_memory(ALL_BYTES, self.device, keep_loaded=own)
+        comfy.model_management.soft_empty_cache()
+
+    def to_processor(self) -> None:
+        """Let core unload this one, too; where it keeps unloaded weights on the device, move them."""
+        comfy.model_management.free_memory(ALL_BYTES, self.device)
+        comfy.model_management.soft_empty_cache()
+        self.device = torch.device("cpu")
+        if any(weight.device.type not in ("cpu", "meta") for weight in self.network.parameters()):
+            self.network.to(self.device)

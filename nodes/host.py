@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.io.latents import saved_latents
 from ..kandinsky_core.memory.measurement import Measurement
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text import TextFeatures
 from ..kandinsky_core.text.tokens import CLIP_TOKENS
+from ..kandinsky_core.vae.flux import FluxVAE
+from ..kandinsky_core.vae.hunyuan import HunyuanVideoVAE
 from ..kandinsky_core.variants import Variant
 from .comfy_io import INSIDE_COMFYUI
 
@@ -142,6 +146,37 @@ class Measured:
         return cls(measurement.peak_bytes, measurement.with_weights)
 
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+
+
+class Workplace(ABC):
+    """An autoencoder at work: the core's network on a device, and what the host can do about that device's memory."""
+
+    network: HunyuanVideoVAE | FluxVAE
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def make_room(self, needed_bytes: int) -> None:
+        """Bring the weights to the device; other models leave it as far as `needed_bytes` besides the weights asks."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Return what may be used on the device now; 0 where it cannot be told."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an exception says that memory ran out; the processor's allocator has no kind of its own for it."""
+        return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back all memory that this autoencoder does not need: other models, cached blocks."""
+
+    @abstractmethod
+    def to_processor(self) -> None:
+        """Move the network to the processor for the rest of this work; `device` says so from then on."""
+
+
 class Host(ABC):
     """What a host offers to the nodes. Every method may raise `KandinskyError` with a message for the user."""
 
@@ -170,6 +205,14 @@ class Host(ABC):
     @abstractmethod
     def provenance(self, hidden: Any) -> dict[str, Any]:
         """Return the metadata that a file saved by the running node carries; `hidden` is the node's `cls.hidden`."""
+
+    @abstractmethod
+    def new_path(self, prefix: str, suffix: str, width_px: int, height_px: int) -> Path:
+        """Return the next free numbered name for `prefix` in the output folder; a prefix that leads out is refused."""
+
+    @abstractmethod
+    def video(self, path: Path, *, fps: float, shape_THW: tuple[int, int, int]) -> tuple[Any, dict[str, Any]]:
+        """Return a clip that was written to `path` as VIDEO, and what the node that wrote it shows."""
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -271,8 +314,12 @@ class Host(ABC):
         """Encode one clip 0…1 [T,H,W,3] to raw latents [1,16,t,h,w] (video) or T pictures to [T,16,h,w] (image)."""
 
     @abstractmethod
-    def vae_decode(self, vae: Any, samples: Tensor) -> Tensor:
-        """Decode raw latents to IMAGE [B*T,H,W,3] float, 0…1."""
+    def workplace(self, vae: Any) -> Workplace:
+        """Return a VAE that `vae_facts` knows, ready to be put to work; nothing is moved before `make_room`."""
+
+    def vae_decode(self, vae: Any, samples: Tensor) -> Tensor:  # noqa: ARG002
+        """Decode with a VAE that `vae_facts` does not know, by the host's own means, to IMAGE."""
+        raise KandinskyError("This VAE is neither HunyuanVideo's nor FLUX's. Use the Kandinsky 5 VAE Loader.")
 
     @abstractmethod
     def progress(self, total: int) -> Progress:

@@ -24,6 +24,8 @@ from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text.cache import EmbeddingCache
 from ..kandinsky_core.variants import Variant
 from . import comfy_attention, comfy_clip, comfy_model, comfy_plan, comfy_vae
+from .comfy_io import InputImpl
+from .encode import PERCENT, encode
 from .files import is_model_folder
 from .host import (
     GGUF_FOLDERS,
@@ -38,6 +40,7 @@ from .host import (
     Progress,
     SampleRequest,
     VAEFacts,
+    Workplace,
 )
 
 TIME_UNIT = 1000  # the network is told a time of 0...1000
@@ -82,6 +85,23 @@ class ComfyHost(Host):
             return {}
         prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
         return {**(hidden.extra_pnginfo or {}), **prompt}
+
+    def new_path(self, prefix: str, suffix: str, width_px: int, height_px: int) -> Path:
+        """Return core's next free name, with core's %placeholders% filled in."""
+        output = folder_paths.get_output_directory()
+        if not folder_paths.is_within_directory(output, str(Path(output, prefix))):
+            raise KandinskyError(
+                f"filename_prefix {prefix!r} leads out of the output folder. Use a name or a subfolder/name."
+            )
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output, width_px, height_px)
+        return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+    def video(self, path: Path, *, fps: float, shape_THW: tuple[int, int, int]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002
+        """Return core's VIDEO over the file, and the preview that core's Save Video shows."""
+        place = path.relative_to(folder_paths.get_output_directory())
+        subfolder = place.parent.as_posix().removeprefix(".")
+        shown = {"filename": place.name, "subfolder": subfolder, "type": "output"}
+        return InputImpl.VideoFromFile(str(path)), {"images": [shown], "animated": (True,)}
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -196,11 +216,17 @@ class ComfyHost(Host):
 
     def vae_encode(self, vae: Any, image_THWC: Tensor) -> Tensor:
         """Encode a clip or pictures."""
-        return comfy_vae.encode(vae, image_THWC)
+        latent = encode(self.workplace(vae), image_THWC, self.progress(PERCENT).tick)
+        return latent.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
+
+    def workplace(self, vae: Any) -> Workplace:
+        """Return a VAE, ours or core's, under core's memory management."""
+        return comfy_vae.ComfyWorkplace(vae)
 
     def vae_decode(self, vae: Any, samples: Tensor) -> Tensor:
-        """Decode to IMAGE."""
-        return comfy_vae.decode(vae, samples)
+        """Decode as core does."""
+        images = vae.decode(samples)
+        return images.flatten(0, 1) if images.ndim == 5 else images
 
     def progress(self, total: int) -> Progress:
         """Start core's progress bar; it raises core's interruption when the user cancelled."""

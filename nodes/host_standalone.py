@@ -8,6 +8,7 @@ L text tokens, D text width, P pooled width.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -40,6 +41,7 @@ from ..kandinsky_core.sparse.nabla import AttentionRun, options
 from ..kandinsky_core.text import TextEncoder, load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.variants import Variant
+from .encode import PERCENT, encode
 from .files import is_model_folder
 from .host import (
     GGUF_FOLDERS,
@@ -58,9 +60,11 @@ from .host import (
     Progress,
     SampleRequest,
     VAEFacts,
+    Workplace,
     cut_note,
     shown,
 )
+from .standalone_output import Clip, free_paths
 
 logger = logging.getLogger("kandinsky5")
 
@@ -193,6 +197,15 @@ class StandaloneHost(Host):
         """Return what the headless runner set for the running node."""
         return dict(self.running.metadata)
 
+    def new_path(self, prefix: str, suffix: str, width_px: int, height_px: int) -> Path:  # noqa: ARG002
+        """Return the next free name as ComfyUI numbers them."""
+        return free_paths(self.output, prefix, suffix, 1)[0]
+
+    def video(self, path: Path, *, fps: float, shape_THW: tuple[int, int, int]) -> tuple[Clip, dict[str, Any]]:
+        """Return the clip in its file."""
+        clip = Clip(shape_THW=shape_THW, fps=fps, path=path)
+        return clip, {"files": [{"path": str(path), **clip.facts()}]}
+
     def _roots(self, folder: str) -> list[Path]:
         return [self.models / name for name in FOLDER_NAMES.get(folder, (folder,)) if (self.models / name).is_dir()]
 
@@ -306,9 +319,6 @@ class StandaloneHost(Host):
             clip.qwen.name, needed / 1e9, free / 1e9, self.device,
         )  # fmt: skip
         return True
-
-    def _autoencoder(self, vae: VAEHandle) -> Any:
-        return self._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=self.device).vae)
 
     # -- memory -----------------------------------------------------------------------------------------------
 
@@ -442,25 +452,13 @@ class StandaloneHost(Host):
         edit_BCHW = given(KNOWN_EDIT)
         return Known(given(KNOWN_FRAMES), None if edit_BCHW is None else edit_BCHW.unsqueeze(2))
 
-    @torch.no_grad()
     def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:
-        """Encode to the mean of the posterior, so that the same picture gives the same latents."""
-        pixels_TCHW = (image_THWC[..., :3].movedim(-1, 1) * 2 - 1).to(self.device, vae.dtype)
-        pixels = pixels_TCHW if vae.kind == "flux" else pixels_TCHW.movedim(0, 1)[None]
-        return self._autoencoder(vae).encode(pixels, on_tile=self._show).mode().float().cpu()
+        """Encode a clip or pictures."""
+        return encode(self.workplace(vae), image_THWC, self.progress(PERCENT).tick)
 
-    @torch.no_grad()
-    def vae_decode(self, vae: VAEHandle, samples: Tensor) -> Tensor:
-        """Decode clip after clip and join their frames; a picture is a clip of one frame to a video autoencoder."""
-        if vae.kind == "hunyuan" and samples.ndim == 4:
-            samples = samples.unsqueeze(2)
-        autoencoder = self._autoencoder(vae)
-        frames = []
-        for clip in samples.split(1):
-            pixels = autoencoder.decode(clip.to(self.device, vae.dtype), on_tile=self._show).float()
-            pixels_TCHW = pixels if pixels.ndim == 4 else pixels[0].movedim(1, 0)
-            frames.append((pixels_TCHW.movedim(1, -1) / 2 + 0.5).clamp(0, 1).cpu())
-        return torch.cat(frames)
+    def workplace(self, vae: VAEHandle) -> Workplace:
+        """Return the autoencoder on the device; what was there before is dropped."""
+        return StandaloneWorkplace(self, vae)
 
     def progress(self, total: int) -> Progress:
         """Start a progress bar; cancelling is Python's own KeyboardInterrupt."""
@@ -483,6 +481,36 @@ class StandaloneHost(Host):
     def _show(self, done: int, total: int) -> None:
         if self.on_progress is not None:
             self.on_progress(done, total)
+
+
+class StandaloneWorkplace(Workplace):
+    """An autoencoder alone on the host's device."""
+
+    def __init__(self, host: StandaloneHost, vae: VAEHandle) -> None:
+        self._host = host
+        self.device, self.dtype = host.device, vae.dtype
+        self.network = host._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=host.device).vae)
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Nothing is there besides."""
+
+    def free_bytes(self) -> int:
+        """Return what the device has left."""
+        return self._host.free_bytes()
+
+    def release(self) -> None:
+        """Collect what is unreachable and return cached blocks."""
+        gc.collect()
+        memory = torch.get_device_module(self.device)
+        if hasattr(memory, "empty_cache"):
+            memory.empty_cache()
+
+    def to_processor(self) -> None:
+        """Move the weights; the next work loads them on the device again."""
+        self._host._drop()
+        self.network.to("cpu")
+        self.device = torch.device("cpu")
+        self.release()
 
 
 def _device(name: str | None) -> torch.device:

@@ -90,14 +90,14 @@ def describe(saved: SavedLatent) -> str:
 
 
 @contextlib.contextmanager
-def kept(vae: Any, latent: Latent, count: int, hidden: Any) -> Iterator[str]:
-    """Keep the latent on disk while the block decodes it, and name it in whatever error the block raises.
+def kept(vae: Any, latent: Latent, count: int, hidden: Any, mode: str) -> Iterator[str]:
+    """Keep the latent on disk while the block decodes it in `mode`, and name it in whatever error the block raises.
 
     Gives one line about it. After a decode that worked all but the newest `count` are deleted; 0 keeps nothing.
     """
     folder = host().directory("output") / LATENTS
-    path = _keep(folder, vae, latent, hidden) if count else None
-    hint = "The latent was not kept."
+    path = _keep(folder, vae, latent, hidden, mode) if count else None
+    hint = "The latent could not be kept." if count else ""
     if path is not None:
         hint = (
             f"The latent is safe: {path}. Resume from it with the node Kandinsky 5 Load Latent, or with: "
@@ -106,19 +106,19 @@ def kept(vae: Any, latent: Latent, count: int, hidden: Any) -> Iterator[str]:
     try:
         yield f"latent kept as {LATENTS}/{path.name}" if path else "latent not kept"
     except KandinskyError as error:
-        raise type(error)(f"{error} {hint}") from error
+        raise type(error)(f"{error} {hint}".rstrip()) from error
     except Exception as error:
-        raise KandinskyError(f"{type(error).__name__}: {error}. {hint}") from error
+        raise KandinskyError(f"{type(error).__name__}: {error}. {hint}".rstrip()) from error
     if path is not None:
         prune_latents(folder, count)
 
 
-def _keep(folder: Path, vae: Any, latent: Latent, hidden: Any) -> Path | None:
+def _keep(folder: Path, vae: Any, latent: Latent, hidden: Any, mode: str) -> Path | None:
     """Write the latent; where that fails, say that it is not safe and go on."""
     metadata = host().provenance(hidden)
     found = host().vae_facts(vae)
     own = metadata.pop("kandinsky5", {})
-    facts = own | latent.get(LATENT_FACTS, {}) | ({"vae": found.file} if found and found.file else {})
+    facts = own | latent.get(LATENT_FACTS, {}) | {"mode": mode} | ({"vae": found.file} if found and found.file else {})
     try:
         return keep_latent(folder, latent["samples"], facts=facts, metadata=metadata)
     except MediaError as error:

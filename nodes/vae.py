@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError, ShapeError
 from ..kandinsky_core.shapes import MULTIPLE_PX, VAE_TEMPORAL, snap_frames, snap_side
+from ..kandinsky_core.vae.plan import REFERENCE
 from .comfy_io import io
-from .host import Latent, host
+from .decode import Wanted, decode_images, memory_inputs
+from .host import Latent, VAEFacts, host
 from .latents import HIDDEN, KEEP, kept
 
 CATEGORY = "Kandinsky 5/latent"
@@ -38,11 +40,7 @@ class K5VAEEncode(io.ComfyNode):
     def execute(cls, vae: Any, image: Tensor) -> io.NodeOutput:
         """Encode, refusing sizes that would be cut silently."""
         frames, rows, columns = image.shape[:3]
-        facts = host().vae_facts(vae)
-        if facts is None:
-            raise KandinskyError(
-                "This VAE is neither HunyuanVideo's nor FLUX's. Use the Kandinsky 5 VAE Loader, or core's VAE Encode."
-            )
+        facts = require_ours(vae)
         if facts.kind == "hunyuan" and (frames - 1) % VAE_TEMPORAL:
             raise ShapeError(
                 f"{frames} frames: a clip needs 4n+1 (1, 5, 9, …). Use {snap_frames(frames)} or cut the rest."
@@ -56,7 +54,7 @@ class K5VAEEncode(io.ComfyNode):
 
 
 class K5VAEDecode(io.ComfyNode):
-    """Decode latents to images."""
+    """Decode latents to images as the released models do."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -74,6 +72,49 @@ class K5VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, latent: Latent) -> io.NodeOutput:
+        """Decode in the released windows; what the host knows of other VAEs' latents it decodes itself."""
+        with kept(vae, latent, KEEP, cls.hidden, REFERENCE):
+            if host().vae_facts(vae) is None:
+                return io.NodeOutput(host().vae_decode(vae, latent["samples"]))
+            image, _ = decode_images(vae, latent["samples"], Wanted(mode=REFERENCE))
+            return io.NodeOutput(image)
+
+
+class K5VAEDecodeTiled(io.ComfyNode):
+    """Decode latents to images in the memory there is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return the node's definition."""
+        return io.Schema(
+            node_id="K5VAEDecodeTiled",
+            display_name="Kandinsky 5 VAE Decode (Tiled)",
+            category=CATEGORY,
+            description="Decode in the memory there is, without seams; if it runs out, go on with less. "
+            "The latent is kept on disk.",
+            search_aliases=["k5", "kandinsky", "vae decode", "tiled", "low vram", "out of memory"],
+            inputs=[io.Vae.Input("vae"), io.Latent.Input("latent"), *memory_inputs()],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="All frames, one clip after the other."),
+                io.String.Output(display_name="report", tooltip="Mode, tiles, peak, and what was done about memory."),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int) -> io.NodeOutput:
         """Decode."""
-        with kept(vae, latent, KEEP, cls.hidden):
-            return io.NodeOutput(host().vae_decode(vae, latent["samples"]))
+        require_ours(vae)
+        with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
+            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb))
+            return io.NodeOutput(image, f"{report}\n{line}")
+
+
+def require_ours(vae: Any) -> VAEFacts:
+    """Return what is known of a VAE; one of another kind raises `KandinskyError`."""
+    facts = host().vae_facts(vae)
+    if facts is None:
+        raise KandinskyError(
+            "This VAE is neither HunyuanVideo's nor FLUX's. Use the Kandinsky 5 VAE Loader, or core's VAE nodes."
+        )
+    return facts

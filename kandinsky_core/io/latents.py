@@ -43,7 +43,7 @@ class SavedLatent:
     """A latent from disk: raw samples `[B,16,t,h,w]` or `[B,16,h,w]`, and what the file says of them."""
 
     samples: Tensor
-    facts: dict[str, Any]  # of those that are known: variant, fps, seed, vae (a file's name)
+    facts: dict[str, Any]  # of those that are known: variant, fps, seed, mode, vae (a file's name)
     metadata: dict[str, str]
 
 

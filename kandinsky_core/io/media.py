@@ -154,6 +154,24 @@ def read_video(path: str | os.PathLike[str]) -> Video:
     return Video(frames_THW3, rate, metadata)
 
 
+def read_frames(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """Decode a clip frame by frame, uint8 [H,W,3]."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            for frame in container.decode(container.streams.video[0]):
+                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    except (OSError, av.error.FFmpegError, IndexError) as error:
+        raise MediaError(f"{path} is not a clip that can be read: {error}.") from error
+
+
+def copy_media(source: Path, target: Path) -> None:
+    """Copy a picture or clip as it is."""
+    with _media_file(target, (OSError,), source.stat().st_size) as partial:
+        shutil.copyfile(source, partial)
+
+
 def write_png(
     path: str | os.PathLike[str], image: Frame, *, metadata: Mapping[str, object] | None = None
 ) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .hunyuan import CausalConv3d, Upsampler
 
 Write = Callable[[Tensor], object]  # fills the [B,C,T,H,W] view it is given
+Finish = Callable[[Tensor], Tensor]  # may fail, so it runs before the cache is brought up to date
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,16 @@ class StreamedConv:
         self._conv = conv
 
     def __call__(
-        self, write: Write, x: Tensor, channels: int, cache: Tensor | None, *, keep: bool = True
+        self,
+        write: Write,
+        x: Tensor,
+        channels: int,
+        cache: Tensor | None,
+        finish: Finish | None = None,
+        *,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Convolve what `write` makes of `x`, in `channels` channels; returns the output and, to `keep`, the cache."""
+        """Convolve what `write` makes of `x`, in `channels` channels; return the output and, to `keep`, the cache."""
         layer = self._conv.conv
         if cache is None and x.shape[2] == 1 and type(layer) is nn.Conv3d:
             padded = Padded.filled(write, x, channels, 0, None)
@@ -84,6 +92,7 @@ class StreamedConv:
             front = layer.kernel_size[0] - 1 if cache is None else self.history
             padded = Padded.filled(write, x, channels, front, cache)
             out = layer(padded.buffer)
+        out = out if finish is None else finish(out)
         return out, padded.tail(self.history if keep else 0, cache)
 
 

@@ -44,7 +44,7 @@ class Decoding:
         _check_plan(plan, z_BCTHW)
         self.plan = plan
         self.statistics = statistics
-        self._vae = vae
+        self.vae = vae
         self._z = z_BCTHW
         self._on_piece = on_piece
         self._on_tile = on_tile
@@ -64,7 +64,7 @@ class Decoding:
         """Decode what is left."""
         if self.plan.mode == REFERENCE:
             self._work = self._work or Windows(
-                self._vae,
+                self.vae,
                 self._z,
                 self.plan,
                 device=self.device,
@@ -74,7 +74,7 @@ class Decoding:
         elif self._work is None:
             self._source = self._statistics_source()
             self._work = Passage(
-                self._vae,
+                self.vae,
                 self._z,
                 self.plan,
                 self._source,
@@ -113,7 +113,7 @@ class Decoding:
     @property
     def device(self) -> torch.device:
         """Where it is computed."""
-        return self._device or _home(self._vae)
+        return self._device or _home(self.vae)
 
     def _statistics_source(self) -> Source:
         latents = self._z.shape[2]
@@ -124,7 +124,7 @@ class Decoding:
         if self.plan.mode == STREAM and latents <= self.plan.chunk:
             return Recorded()  # the whole clip at once: its own statistics are the exact ones
         self.statistics = sampled_statistics(
-            self._vae, self._z, self.plan, device=self.device, on_latents=self._tick
+            self.vae, self._z, self.plan, device=self.device, on_latents=self._tick
         )
         return Given(self.statistics)
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..shapes import VAE_SPATIAL, VAE_TEMPORAL
 from .blocks import FrameCausalAttention, MidBlock, ResBlock
-from .causal import StreamedConv, StreamedUp
+from .causal import Finish, StreamedConv, StreamedUp
 from .hunyuan import HunyuanVideoVAE, level_factors
 from .region import Region
 from .statistics import Norm, Seen, Source
 
 Flow = tuple[Tensor, ...]
 Caches = tuple[Tensor | None, ...]  # None where nothing need be remembered
+SLABS = 8  # rows of a frame go through a shortcut in so many pieces, whose output is never whole
 INDEX_LIMIT = 2**31  # elements of the largest tensor: 32-bit indices of convolution kernels
 
 
@@ -107,8 +108,8 @@ class NormConv:
         self._norm = norm
         self._conv = conv
 
-    def convolved(self, x: Tensor, now: Now) -> tuple[Tensor, Caches]:
-        """Return the convolution's output and the caches."""
+    def convolved(self, x: Tensor, now: Now, finish: Finish | None = None) -> tuple[Tensor, Caches]:
+        """Return the convolution's finished output and the caches."""
         norm = self._norm
         moments = now.source.moments(Seen(norm.name, norm.groups, x, now.core, now.rate))
         out, cache = self._conv(
@@ -116,6 +117,7 @@ class NormConv:
             x,
             x.shape[1],
             now.caches and now.caches[0],
+            finish,
             keep=not now.last,
         )
         return out, (cache,)
@@ -143,13 +145,18 @@ class ResSecond(NormConv):
     def __call__(self, flow: Flow, now: Now) -> tuple[Flow, Caches]:
         """Convolve and add."""
         h, skip = flow
-        out, caches = self.convolved(h, now)
-        if self._shortcut is None:
-            out += skip
-        else:
-            for frame in range(out.shape[2]):  # one at a time: the shortcut's output is never whole
-                out[:, :, frame : frame + 1] += self._shortcut(skip[:, :, frame : frame + 1])
+        out, caches = self.convolved(h, now, lambda out: self._added(out, skip))
         return (out,), caches
+
+    def _added(self, out: Tensor, skip: Tensor) -> Tensor:
+        if self._shortcut is None:
+            return out.add_(skip)
+        step = -(-out.shape[3] // SLABS)
+        for frame in range(out.shape[2]):
+            for row in range(0, out.shape[3], step):
+                slab = (..., slice(frame, frame + 1), slice(row, row + step), slice(None))
+                out[slab] += self._shortcut(skip[slab])
+        return out
 
 
 class Outlet(NormConv):
@@ -163,8 +170,8 @@ class Outlet(NormConv):
 
     def __call__(self, flow: Flow, now: Now) -> tuple[Flow, Caches]:
         """Convolve."""
-        out, caches = self.convolved(flow[0], now)
-        return (out if self._after is None else self._after(out),), caches
+        out, caches = self.convolved(flow[0], now, self._after)
+        return (out,), caches
 
 
 class Attend:

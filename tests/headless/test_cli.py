@@ -358,7 +358,7 @@ def test_a_failed_decode_names_the_latent_and_the_command_that_resumes(cli, tmp_
         raise RuntimeError("the card fell off the bus")
 
     with monkeypatch.context() as broken:
-        broken.setattr(StandaloneHost, "vae_decode", fails)
+        broken.setattr(StandaloneHost, "workplace", fails)
         code, _, err = generate(cli)
     assert code == 1 and "RuntimeError: the card fell off the bus. The latent is safe: " in err
     command = err.strip().rpartition("kandinsky5 ")[2].split()

@@ -11,6 +11,7 @@ import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import BackendUnavailable
 from comfyui_kandinsky5.nodes import host_standalone
+from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.host import SampleRequest
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 
@@ -128,9 +129,9 @@ def test_what_only_comfyui_samples_is_refused_before_loading(host, video_model, 
 def test_a_picture_is_a_clip_of_one_frame_to_a_video_autoencoder(host, models):
     vae = host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="auto")
     latents_BCHW = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    pictures = host.vae_decode(vae, latents_BCHW)
+    pictures, _ = decode_images(vae, latents_BCHW, Wanted())
     assert pictures.shape == (2, 32, 32, 3)
-    assert torch.equal(pictures, host.vae_decode(vae, latents_BCHW.unsqueeze(2)))
+    assert torch.equal(pictures, decode_images(vae, latents_BCHW.unsqueeze(2), Wanted())[0])
 
 
 def test_a_script_gets_results_without_gradients(host, models, clip, video_model):
@@ -138,7 +139,8 @@ def test_a_script_gets_results_without_gradients(host, models, clip, video_model
         text = host.encode_text(clip, "a", template="video", max_tokens=16).conditioning
         sampled = host.sample(video_model, request(text))
         vae = host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="auto")
-        results = [text[0][0], sampled, host.vae_encode(vae, torch.zeros(1, 32, 32, 3)), host.vae_decode(vae, sampled)]
+        results = [text[0][0], sampled, host.vae_encode(vae, torch.zeros(1, 32, 32, 3))]
+        results.append(decode_images(vae, sampled, Wanted())[0])
     assert [tensor.requires_grad for tensor in results] == [False] * 4
 
 

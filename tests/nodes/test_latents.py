@@ -32,12 +32,12 @@ def latent(seed=0):
 
 
 def test_the_latent_is_on_disk_before_the_block_runs(host, vae):
-    with kept(vae, latent(), 8, None) as line:
+    with kept(vae, latent(), 8, None, "auto") as line:
         (name,) = host.latents()
         saved = read_latent(host.latents()[name])
     assert line == f"latent kept as latents/{name}"
     assert torch.equal(saved.samples, latent()["samples"])
-    assert saved.facts == {**FACTS, "vae": "v.safetensors", "version": "1"}
+    assert saved.facts == {**FACTS, "mode": "auto", "vae": "v.safetensors", "version": "1"}
     assert saved.metadata["prompt"] == '{"1": {}}'
 
 
@@ -49,7 +49,7 @@ def test_the_latent_is_on_disk_before_the_block_runs(host, vae):
     ],
 )
 def test_every_error_names_the_latent_and_what_resumes(host, vae, raised, seen, words):
-    with pytest.raises(seen) as caught, kept(vae, latent(), 8, None):
+    with pytest.raises(seen) as caught, kept(vae, latent(), 8, None, "auto"):
         raise raised
     (path,) = host.latents().values()
     assert str(caught.value) == (
@@ -58,24 +58,24 @@ def test_every_error_names_the_latent_and_what_resumes(host, vae, raised, seen, 
 
 
 def test_cancelling_keeps_the_latent_and_passes_through(host, vae):
-    with pytest.raises(KeyboardInterrupt), kept(vae, latent(), 8, None):
+    with pytest.raises(KeyboardInterrupt), kept(vae, latent(), 8, None, "auto"):
         raise KeyboardInterrupt
     assert len(host.latents()) == 1
 
 
 def test_old_latents_go_only_after_a_decode_that_worked(host, vae):
     for seed in range(3):
-        with pytest.raises(KandinskyError), kept(vae, latent(seed), 1, None):
+        with pytest.raises(KandinskyError), kept(vae, latent(seed), 1, None, "auto"):
             raise KandinskyError("failed.")
     assert len(host.latents()) == 3
-    with kept(vae, latent(1), 1, None):
+    with kept(vae, latent(1), 1, None, "auto"):
         assert len(host.latents()) == 3
     (path,) = host.latents().values()
     assert torch.equal(read_latent(path).samples, latent(1)["samples"])
 
 
 def test_nothing_is_kept_on_request(host, vae):
-    with pytest.raises(KandinskyError, match="failed. The latent was not kept."), kept(vae, latent(), 0, None) as line:
+    with pytest.raises(KandinskyError, match=r"failed\.$"), kept(vae, latent(), 0, None, "auto") as line:
         assert line == "latent not kept"
         raise KandinskyError("failed.")
     assert not host.output.exists()
@@ -83,13 +83,13 @@ def test_nothing_is_kept_on_request(host, vae):
 
 def test_a_full_or_closed_folder_is_told_and_the_block_runs(host, vae, caplog):
     host.output.write_text("a file where the folder should be")
-    with pytest.raises(KandinskyError, match="The latent was not kept"), kept(vae, latent(), 8, None):
+    with pytest.raises(KandinskyError, match="The latent could not be kept"), kept(vae, latent(), 8, None, "auto"):
         raise KandinskyError("failed.")
     assert "The latent is NOT safe: if decoding fails it has to be sampled again." in caplog.text
 
 
 def test_a_kept_latent_is_loaded_with_its_facts(host, vae):
-    with kept(vae, latent(), 8, None):
+    with kept(vae, latent(), 8, None, "auto"):
         pass
     (name,) = K5LoadLatent.define_schema().inputs[0].options
     assert K5LoadLatent.validate_inputs(name) is True
@@ -110,7 +110,7 @@ def test_only_listed_names_are_loaded(host, tmp_path, name):
 
 def test_the_newest_is_listed_first_and_a_broken_one_is_refused(host, vae):
     for seed in range(2):
-        with kept(vae, latent(seed), 8, None):
+        with kept(vae, latent(seed), 8, None, "auto"):
             pass
     newest, _ = host.latents().values()
     assert torch.equal(read_latent(newest).samples, latent(1)["samples"])

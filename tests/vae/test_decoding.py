@@ -200,6 +200,22 @@ def test_a_decode_resumes_at_every_step(small, monkeypatch, mode, tiles):
     assert error(canvas.out, small.whole) < EXACT
 
 
+def test_a_shortcut_that_fails_leaves_the_past_as_it_was(small, monkeypatch):
+    """It runs after the block's convolution, in the same step."""
+    plain, calls = stages.ResSecond._added, []
+
+    def added(*args):
+        calls.append(None)
+        if len(calls) % 2:
+            raise Fault
+        return plain(*args)
+
+    monkeypatch.setattr(stages.ResSecond, "_added", added)
+    canvas = Canvas(small.whole)
+    finish(small.decoding(canvas, chunk=1))
+    assert error(canvas.out, small.whole) < EXACT
+
+
 LADDER = (
     {"chunk": 3},
     {"chunk": 2},

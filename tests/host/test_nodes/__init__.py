@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.vae
+import comfy.model_management
+import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sd
 import comfy.taesd.taesd
@@ -56,6 +58,7 @@ class K5TestSave(io.ComfyNode):
         return io.NodeOutput(ui={"path": [str(path)]})
 
 
+PLAIN_CONV3D = torch.nn.functional.conv3d
 SEEN: list[dict[str, Any]] = []
 
 
@@ -191,9 +194,89 @@ def core_vae(network: torch.nn.Module, dims: int) -> Any:
     return vae
 
 
+class K5TestCoreVAE(io.ComfyNode):
+    """Core's own HunyuanVideo VAE, tiny and random, under core's memory management; its weights go to a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="K5TestCoreVAE", inputs=[], outputs=[io.Vae.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        config = dict(
+            double_z=True, z_channels=16, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 1, 1],
+            num_res_blocks=1, attn_resolutions=[], dropout=0.0, conv3d=True, time_compress=4,
+        )  # fmt: skip
+        network = AutoencoderKL(ddconfig=config, embed_dim=16).eval()
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in network.named_parameters():
+            weight.data.normal_(std=0.02 if weight.ndim < 2 else weight[0].numel() ** -0.5, generator=generator)
+            if weight.ndim == 1 and "norm" in name and name.endswith("weight"):
+                weight.data += 1
+        save_file(network.state_dict(), Path(folder_paths.get_temp_directory()) / "core_vae.safetensors")
+        vae = core_vae(network, 3)
+        vae.device = comfy.model_management.vae_device()
+        vae.vae_dtype, vae.disable_offload = torch.float32, False
+        vae.patcher = comfy.model_patcher.CoreModelPatcher(
+            network, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+        )
+        return io.NodeOutput(vae)
+
+
+class K5TestOutOfMemory(io.ComfyNode):
+    """From here on the first `attempts` attempts of whatever follows run out of memory at their call `after`."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5TestOutOfMemory",
+            inputs=[io.Latent.Input("latent"), io.Int.Input("attempts"), io.Int.Input("after")],
+            outputs=[io.Latent.Output()],
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, latent: Any, attempts: int, after: int) -> io.NodeOutput:
+        convolve, calls = PLAIN_CONV3D, [0, 0]
+
+        def scarce(*arguments: Any) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] > after and calls[1] < attempts:
+                calls[:] = 0, calls[1] + 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            if calls[1] == attempts:
+                torch.nn.functional.conv3d = convolve
+            return convolve(*arguments)
+
+        torch.nn.functional.conv3d = scarce
+        return io.NodeOutput(latent)
+
+
+class K5TestLoaded(io.ComfyNode):
+    """Give the classes of the models that core holds on its device to the history."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5TestLoaded",
+            inputs=[io.MultiType.Input("after", [io.Latent, io.Image])],
+            outputs=[],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, after: Any) -> io.NodeOutput:
+        loaded = comfy.model_management.current_loaded_models
+        return io.NodeOutput(ui={"loaded": [type(model.model.model).__name__ for model in loaded]})
+
+
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [K5TestSave, K5TestWatch, K5TestSeen, K5TestModel, K5TestVAEs]
+        return [
+            K5TestSave, K5TestWatch, K5TestSeen, K5TestModel, K5TestVAEs, K5TestCoreVAE, K5TestOutOfMemory,
+            K5TestLoaded,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint() -> Extension:

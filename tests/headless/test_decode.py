@@ -1,0 +1,212 @@
+"""Decoding under the standalone host: plans, reports, and a way on whenever memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
+from comfyui_kandinsky5.kandinsky_core.io.media import read_video
+from comfyui_kandinsky5.kandinsky_core.vae import decoding
+from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
+from comfyui_kandinsky5.nodes import host_standalone
+from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
+from comfyui_kandinsky5.nodes.vae import K5VAEDecodeTiled
+from comfyui_kandinsky5.nodes.video import K5DecodeVideo
+from torch.testing import assert_close
+
+LATENT = torch.randn(1, 16, 6, 6, 8, generator=torch.Generator().manual_seed(0))
+EXACT = {"atol": 1e-5, "rtol": 0}  # float32 rounding of another order of summation
+
+
+@pytest.fixture
+def vae(host, models):
+    return host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="fp32")
+
+
+@pytest.fixture
+def known(vae, host, monkeypatch):
+    """The statistics a decode would sample, taken once, so that all plans have the same; gives the picture."""
+    network = host.workplace(vae).network
+    plan = DecodePlan(mode=STREAM, latent_thw=tuple(LATENT.shape[2:]))
+    statistics = decoding.sampled_statistics(network, LATENT, plan)
+    monkeypatch.setattr(decoding, "sampled_statistics", lambda *_, **__: statistics)
+    return decode_images(vae, LATENT, Wanted())[0]
+
+
+@pytest.fixture
+def image_vae(host, models):
+    return host.load_vae(models / "vae" / tiny.IMAGE_VAE, dtype="fp32")
+
+
+class Scarce:
+    """Convolutions that run out of memory: call `after` of an attempt fails, in the first `attempts` attempts."""
+
+    def __init__(self, monkeypatch, after=0, attempts=1):
+        self.after, self.attempts, self.calls, self.failures = after, attempts, 0, 0
+        for name in ("conv3d", "conv2d"):
+            monkeypatch.setattr(F, name, self._scarce(getattr(F, name)))
+
+    def _scarce(self, convolve):
+        def scarce(*arguments):
+            self.calls += 1
+            if self.calls > self.after and self.failures < self.attempts:
+                self.calls = 0
+                self.failures += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return convolve(*arguments)
+
+        return scarce
+
+
+@pytest.mark.parametrize("mode", ["auto", REFERENCE, STREAM, LATE_TILE, SINGLE_PASS])
+def test_every_mode_gives_the_frames_and_says_how(vae, mode):
+    image, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, mode, 0.0, 0).result
+    assert image.shape == (21, 48, 64, 3) and 0 <= image.min() < image.max() <= 1
+    plan = {"auto": STREAM}.get(mode, mode)
+    assert report.startswith(f"21 frames of 64 × 48: {plan}: ") and "not measured on this device" in report
+
+
+def test_clips_of_a_batch_follow_each_other(vae):
+    both = torch.cat([LATENT, -LATENT])
+    image, _ = decode_images(vae, both, Wanted())
+    assert_close(image[21:], decode_images(vae, -LATENT, Wanted())[0], **EXACT)
+
+
+def test_late_tiles_are_the_picture_of_stream(vae, known):
+    assert_close(decode_images(vae, LATENT, Wanted(mode=LATE_TILE))[0], known, **EXACT)
+
+
+@pytest.mark.parametrize("mode", [STREAM, LATE_TILE])
+@pytest.mark.parametrize("after", [0, 1, 7, 33, 80])
+def test_running_out_at_any_stage_goes_on_to_the_same_picture(vae, known, monkeypatch, mode, after, caplog):
+    scarce = Scarce(monkeypatch, after)
+    image, report = decode_images(vae, LATENT, Wanted(mode=mode))
+    assert scarce.failures == 1
+    assert_close(image, known, **EXACT)
+    assert "Out of memory after" in report and "Going on from there with" in report
+    assert "Going on from there with" in caplog.text
+
+
+@pytest.mark.parametrize("after", [0, 50])
+def test_running_out_while_statistics_are_sampled_samples_again(vae, monkeypatch, after):
+    wanted, _ = decode_images(vae, LATENT, Wanted())
+    scarce = Scarce(monkeypatch, after)
+    image, report = decode_images(vae, LATENT, Wanted())
+    assert scarce.failures == 1 and "Out of memory after 0 of 21 frames" in report
+    assert (image - wanted).square().mean() < 1e-3  # smaller windows of random weights: other statistics
+
+
+def test_the_ladder_ends_on_the_processor_with_the_same_picture(vae, known, monkeypatch, host):
+    scarce = Scarce(monkeypatch, after=3, attempts=1000)
+    moved = []
+    real = host_standalone.StandaloneWorkplace.to_processor
+
+    def to_processor(place):
+        moved.append(scarce.failures)
+        scarce.attempts = 0
+        real(place)
+
+    monkeypatch.setattr(host_standalone.StandaloneWorkplace, "to_processor", to_processor)
+    image, report = decode_images(vae, LATENT, Wanted())
+    assert_close(image, known, **EXACT)
+    rungs = re.findall(r"Going on from there with ([a-z-]+): .*", report)
+    assert rungs[0] == STREAM and rungs[-1] == LATE_TILE and len(moved) == 1
+    assert "caches in main memory" in report and "on the processor, which is slow" in report
+    assert host._resident is None  # the next work loads the weights on the device again
+
+
+@pytest.mark.parametrize("rungs", range(1, 6))
+def test_every_rung_is_a_place_to_end(vae, known, monkeypatch, rungs):
+    Scarce(monkeypatch, after=5, attempts=rungs)
+    image, report = decode_images(vae, LATENT, Wanted())
+    assert_close(image, known, **EXACT)
+    assert report.count("Out of memory") == rungs
+
+
+def test_when_the_processor_runs_out_too_the_error_names_the_latent(vae, host, monkeypatch):
+    Scarce(monkeypatch, attempts=1000)
+    with pytest.raises(KandinskyError, match="out of memory.* The latent is safe: ") as caught:
+        K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 8)
+    assert str(next(iter(host.latents().values()))) in str(caught.value)
+
+
+def test_the_released_windows_go_on_in_chunks(vae, monkeypatch):
+    counted = Scarce(monkeypatch, attempts=0)
+    wanted, _ = decode_images(vae, LATENT, Wanted(mode=REFERENCE))
+    Scarce(monkeypatch, after=int(0.8 * counted.calls))
+    image, report = decode_images(vae, LATENT, Wanted(mode=REFERENCE))
+    done = int(re.search(r"Out of memory after (\d+) of 21 frames", report)[1])
+    assert done and torch.equal(image[:done], wanted[:done])
+    assert "Going on from there with stream" in report
+
+
+def test_a_mode_that_a_size_does_not_have_is_refused(vae):
+    with pytest.raises(BudgetError, match="late-tile.* is not possible: .*take another mode"):
+        decode_images(vae, LATENT[..., :2, :2], Wanted(mode=LATE_TILE))
+
+
+def test_a_picture_goes_on_on_the_processor(image_vae, monkeypatch):
+    latent = LATENT[:, :, 0]
+    wanted, _ = decode_images(image_vae, latent, Wanted())
+    Scarce(monkeypatch, after=4)
+    image, report = decode_images(image_vae, latent, Wanted())
+    assert torch.equal(image, wanted) and "on the processor" in report
+
+
+def test_other_errors_pass_through(vae, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(F, "conv3d", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        decode_images(vae, LATENT, Wanted())
+
+
+def test_a_limit_of_memory_changes_the_plan_and_not_the_picture(vae, known):
+    image, report = decode_images(vae, LATENT, Wanted(limit_bytes=1))
+    assert "Trying the least plan" in report and "late-tile" in report
+    assert_close(image, known, **EXACT)
+
+
+def test_latents_of_another_vae_are_refused(vae, image_vae):
+    with pytest.raises(ShapeError, match="picture latents the FLUX one"):
+        decode_images(image_vae, LATENT, Wanted())
+    with pytest.raises(ShapeError, match="16 channels"):
+        decode_images(vae, LATENT[:, :4], Wanted())
+
+
+def test_nothing_of_a_failed_decode_stays_in_memory(vae, monkeypatch):
+    Scarce(monkeypatch, attempts=1000)
+    with pytest.raises(RuntimeError):
+        decode_images(vae, LATENT, Wanted())
+    gc.collect()
+    left = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == (21, 48, 64, 3)]
+    assert not left
+
+
+@pytest.mark.parametrize("mode", [REFERENCE, STREAM, LATE_TILE])
+def test_a_clip_in_a_file_has_the_frames_of_the_images(vae, host, mode):
+    image, _ = decode_images(vae, LATENT, Wanted(mode=mode))
+    out = K5DecodeVideo.execute(vae, {"samples": LATENT}, 8.0, "sub/x", "mkv", "lossless", 14.0, mode, 0.0, 0)
+    clip = out.result[0]
+    assert clip.path == host.output / "sub" / "x_00001_.mkv" and clip.fps == 8
+    found = read_video(clip.path)
+    assert torch.equal((found.frames_THW3 * 255).round(), (image * 255).round())
+    assert [path.name for path in clip.path.parent.iterdir()] == ["x_00001_.mkv"]
+
+
+def test_cancelling_leaves_the_latent_and_no_half_file(vae, host):
+    def cancel(done, total):
+        if done > 40:
+            raise KeyboardInterrupt
+
+    host.on_progress = cancel
+    with pytest.raises(KeyboardInterrupt):
+        K5DecodeVideo.execute(vae, {"samples": LATENT}, 8.0, "x", "mp4", "h264", 14.0, "auto", 0.0, 8)
+    left = [path for path in host.output.rglob("*") if path.is_file()]
+    assert left == list(host.latents().values()) and len(left) == 1
