@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,9 @@ from ..shapes import pixel_frames
 from .hunyuan import HunyuanVideoVAE, check_latent
 from .passage import OnPiece, Passage, Piece
 from .plan import LATE_TILE, MODES, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
-from .sampled import sample
+from .sampled import Sampling
 from .statistics import Given, Recorded, Running, Source, Statistics
-from .tiling import OnTile, sampled_latents
+from .tiling import OnTile
 from .windows import Windows
 
 
@@ -42,15 +40,16 @@ class Decoding:
     ) -> None:
         check_latent(z_BCTHW, vae.spec)
         _check_plan(plan, z_BCTHW)
+        self.vae = vae
         self.plan = plan
         self.statistics = statistics
-        self.vae = vae
         self._z = z_BCTHW
         self._on_piece = on_piece
         self._on_tile = on_tile
         self._device = device
         self._work: Passage | Windows | None = None
-        self._source: Source | None = None
+        self._sampling: Sampling | None = None
+        self._source: Source | None = None  # of the norms' moments, while frames are decoded
         self._done = 0  # latent frames, as `on_tile` counts them
         self._handed_out = 0  # frames that the released windows gave before the plan changed
 
@@ -73,15 +72,7 @@ class Decoding:
             )
         elif self._work is None:
             self._source = self._statistics_source()
-            self._work = Passage(
-                self.vae,
-                self._z,
-                self.plan,
-                self._source,
-                device=self.device,
-                on_piece=self._hand_out,
-                on_latents=self._tick,
-            )
+            self._work = self._passage(slice(None), self._source, self._hand_out)
         self._work.run()
 
     @torch.no_grad()
@@ -100,9 +91,15 @@ class Decoding:
         self._device = device or self._device
         if (self.plan.mode == REFERENCE) != (plan.mode == REFERENCE):
             self._handed_out, self._work = self.frames_done, None
-        elif isinstance(self._source, Recorded) or not self.frames_done and isinstance(self._source, Running):
-            self._work = None  # one pass that normalised with itself: nothing has left it yet
+        elif isinstance(self._source, Recorded | Running) and not self.frames_done:
+            self._work = (
+                None  # what normalises with itself would change half-way, and nothing has left it yet
+            )
         self.plan = plan
+        if plan.mode not in (STREAM, LATE_TILE):
+            self._sampling = None
+        elif self._sampling is not None:
+            self._sampling.replan(plan, self.device)
         if isinstance(self._work, Windows):
             self._work.replan(plan, self.device)
         elif self._work is not None:
@@ -123,10 +120,23 @@ class Decoding:
             return Running()
         if self.plan.mode == STREAM and latents <= self.plan.chunk:
             return Recorded()  # the whole clip at once: its own statistics are the exact ones
-        self.statistics = sampled_statistics(
-            self.vae, self._z, self.plan, device=self.device, on_latents=self._tick
+        self._sampling = self._sampling or Sampling(
+            latents, lambda window, source: self._passage(window, source, _ignore)
         )
+        self._sampling.run()
+        self.statistics, self._sampling = self._sampling.source.statistics, None
         return Given(self.statistics)
+
+    def _passage(self, frames: slice, source: Source, on_piece: OnPiece) -> Passage:
+        return Passage(
+            self.vae,
+            self._z[:, :, frames],
+            self.plan,
+            source,
+            device=self.device,
+            on_piece=on_piece,
+            on_latents=self._tick,
+        )
 
     def _hand_out(self, piece: Piece) -> None:
         fresh = max(self._handed_out - piece.frames.start, 0)
@@ -144,8 +154,8 @@ class Decoding:
     def _left(self) -> int:
         if self._work is not None:
             return self._work.left
-        tiles = self.plan.tiles[0] * self.plan.tiles[1] + 1 if self.plan.mode == LATE_TILE else 1
-        return max(tiles * (self._z.shape[2] + sampled_latents(self._z.shape[2])) - self._done, 0)
+        rounds = 1 + (self.plan.tiles[0] * self.plan.tiles[1] if self.plan.mode == LATE_TILE else 0)
+        return self._sampling.under_way + rounds * (self._sampling.waiting + self._z.shape[2])
 
 
 @torch.no_grad()
@@ -169,44 +179,34 @@ def decode_with(
     return out_BCTHW
 
 
+@torch.no_grad()
 def exact_statistics(
     vae: HunyuanVideoVAE, z_BCTHW: Tensor, *, device: torch.device | None = None
 ) -> Statistics:
     """Record what the norms compute when the whole latent is decoded in one pass, in that pass's memory."""
     plan = DecodePlan(mode=STREAM, latent_thw=tuple(z_BCTHW.shape[2:]), chunk=z_BCTHW.shape[2])
     source = Recorded()
-    _record(vae, z_BCTHW, plan, source, device, _ignore)
+    _silent(vae, z_BCTHW, plan, source, device).run()
     return source.statistics
 
 
+@torch.no_grad()
 def sampled_statistics(
-    vae: HunyuanVideoVAE,
-    z_BCTHW: Tensor,
-    plan: DecodePlan,
-    *,
-    device: torch.device | None = None,
-    on_latents: Callable[[int], None] | None = None,
+    vae: HunyuanVideoVAE, z_BCTHW: Tensor, plan: DecodePlan, *, device: torch.device | None = None
 ) -> Statistics:
     """Estimate the clip's statistics from a few windows, in the memory of a decode under `plan`."""
-    return sample(
-        z_BCTHW.shape[2],
-        lambda window, source: _record(
-            vae, z_BCTHW[:, :, window], plan, source, device, on_latents or _ignore
-        ),
+    sampling = Sampling(
+        z_BCTHW.shape[2], lambda window, source: _silent(vae, z_BCTHW[:, :, window], plan, source, device)
     )
+    sampling.run()
+    return sampling.source.statistics
 
 
-@torch.no_grad()
-def _record(
-    vae: HunyuanVideoVAE,
-    z_BCTHW: Tensor,
-    plan: DecodePlan,
-    source: Recorded,
-    device: torch.device | None,
-    on_latents: Callable[[int], None],
-) -> None:
+def _silent(
+    vae: HunyuanVideoVAE, z_BCTHW: Tensor, plan: DecodePlan, source: Recorded, device: torch.device | None
+) -> Passage:
     device = device or _home(vae)
-    Passage(vae, z_BCTHW, plan, source, device=device, on_piece=_ignore, on_latents=on_latents).run()
+    return Passage(vae, z_BCTHW, plan, source, device=device, on_piece=_ignore, on_latents=_ignore)
 
 
 def _ignore(_: object) -> None:

@@ -136,13 +136,12 @@ class Given:
 
 
 class Recorded:
-    """Pools all that is seen, and normalises with `given` statistics or, without, with the pool so far.
+    """Pools all that is seen, and normalises with the pool so far.
 
     In one pass over a whole clip the pool is exactly what GroupNorm itself computes.
     """
 
-    def __init__(self, given: Statistics | None = None) -> None:
-        self._given = given
+    def __init__(self) -> None:
         self._kept: dict[str, GroupMoments] = {}
         self._draft: dict[str, GroupMoments] = {}
 
@@ -160,16 +159,15 @@ class Recorded:
         self._kept |= self._draft
 
     def moments(self, seen: Seen) -> GroupMoments:
-        """Add to the pool."""
+        """Add to the pool and return it."""
         new = measure(seen.core.crop(seen.x), seen.groups)
         old = self._kept.get(seen.name)
         self._draft[seen.name] = new if old is None else old.merged(new)
-        return self._draft[seen.name] if self._given is None else self._given.moments[seen.name]
+        return self._draft[seen.name]
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
         self._kept = {name: moments.to(device) for name, moments in self._kept.items()}
-        self._given = self._given and self._given.to(device)
 
 
 class Running:

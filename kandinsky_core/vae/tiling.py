@@ -90,8 +90,8 @@ def sample_windows(latents: int) -> tuple[slice, ...]:
 
 
 def sampled_latents(latents: int) -> int:
-    """Return how many latent frames sampling computes: its windows, twice."""
-    return 2 * sum(window.stop - window.start for window in sample_windows(latents))
+    """Return how many latent frames sampling computes."""
+    return sum(window.stop - window.start for window in sample_windows(latents))
 
 
 def tile_spans(cells: int, tile_px: int) -> tuple[Span, ...]:

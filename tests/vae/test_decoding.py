@@ -290,6 +290,24 @@ def test_a_cancelled_decode_goes_on(small):
     assert error(canvas.out, small.whole) < EXACT
 
 
+def test_sampling_resumes_at_every_step(small, monkeypatch):
+    wanted = decode_with(small.vae, small.z, plan_for(small.z, chunk=1))
+    Faulty(monkeypatch, lambda call: call % 2)
+    canvas = Canvas(small.whole)
+    finish(Decoding(small.vae, small.z, plan_for(small.z, chunk=1), on_piece=canvas))
+    assert error(canvas.out, wanted) < EXACT
+
+
+@pytest.mark.parametrize("mode", [REFERENCE, SINGLE_PASS, STREAM, LATE_TILE])
+def test_sampling_goes_on_under_another_plan(small, monkeypatch, mode):
+    Faulty(monkeypatch, lambda call: call in (60, 70))
+    canvas = Canvas(small.whole)
+    decoding = Decoding(small.vae, small.z, plan_for(small.z, chunk=3), on_piece=canvas)
+    tiles = (2, 1) if mode == LATE_TILE else (1, 1)
+    finish(decoding, lambda: decoding.replan(plan_for(small.z, mode, tiles=tiles, chunk=1)))
+    assert canvas.out.isfinite().all() and (decoding.statistics is None) == (mode in (REFERENCE, SINGLE_PASS))
+
+
 @pytest.mark.parametrize(("mode", "tiles"), [(STREAM, (1, 1)), (LATE_TILE, (2, 1))])
 def test_progress_ends_at_its_total(small, mode, tiles):
     ticks = []

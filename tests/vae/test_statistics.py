@@ -10,7 +10,6 @@ from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import CausalConv3d, Upsample
 from comfyui_kandinsky5.kandinsky_core.vae.region import Region
 from comfyui_kandinsky5.kandinsky_core.vae.statistics import (
     Given,
-    GroupMoments,
     Norm,
     Recorded,
     Running,
@@ -72,15 +71,6 @@ def test_context_around_a_piece_is_not_counted():
     assert got.count == wanted.count == 2 * 2 * 2 * 4 and torch.equal(got.mean_BG, wanted.mean_BG)
 
 
-def test_recording_under_fixed_statistics_returns_those():
-    fixed = GroupMoments(1, torch.zeros(1, 4), torch.ones(1, 4))
-    source = Recorded(Statistics({"norm": fixed}))
-    source.begin()
-    assert source.moments(seen(torch.randn(1, 8, 2, 4, 6))) is fixed
-    source.commit()
-    assert source.statistics.moments["norm"].count == 2 * 2 * 4 * 6
-
-
 @pytest.mark.parametrize("rate", [1, 4])
 def test_a_running_window_is_17_latent_frames_long_or_a_little_more(rate):
     frames, step = torch.randn(1, 8, 40 * rate, 4, 6, dtype=torch.float64), 2 * rate
@@ -116,7 +106,7 @@ def test_sampled_windows_stay_inside_the_clip():
         assert windows[0].start == 0 and windows[-1].stop == latents
         assert {window.stop - window.start for window in windows} == {min(latents, 5)}
     assert sample_windows(31) == (slice(0, 5), slice(13, 18), slice(26, 31))
-    assert sampled_latents(31) == 30
+    assert sampled_latents(31) == 15
 
 
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2)])
