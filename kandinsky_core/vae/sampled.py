@@ -1,8 +1,8 @@
 """Statistics for the norms of a clip too long for one pass: taken from a few windows of it.
 
-One pass, in which each norm uses the pool of all it has seen so far. A second pass recorded under the statistics of the
-first does not refine them: what a layer then records belongs to layers below that the decode itself normalises
-otherwise, and the error grows from layer to layer (nano autoencoder: 47 dB to the un-tiled decode fell to 25 dB).
+One pass (see `Recorded`). A second pass recorded under the statistics of the first does not refine them: what a layer
+then records belongs to layers below that the decode itself normalises otherwise, and the error grows from layer to
+layer (nano autoencoder: 47 dB to the un-tiled decode fell to 25 dB).
 """
 
 from __future__ import annotations

@@ -89,6 +89,11 @@ class Seen:
     core: Region
     rate: int  # frames per latent frame
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is whole frames: a tile has context around."""
+        return self.core.size == tuple(self.x.shape[-2:])
+
 
 class Source(Protocol):
     """Where a norm's moments come from. What it learns counts from `commit` on; a failed step is forgotten."""
@@ -136,9 +141,10 @@ class Given:
 
 
 class Recorded:
-    """Pools all that is seen, and normalises with the pool so far.
+    """Pools all that is seen, and normalises whole frames with their own moments, tiles with the pool so far.
 
-    In one pass over a whole clip the pool is exactly what GroupNorm itself computes.
+    In one pass over a whole clip both are exactly what GroupNorm itself computes. A tile's own moments would differ
+    from its neighbours'; a few frames' own ones, pooled, come nearer to the clip's than the growing pool does.
     """
 
     def __init__(self) -> None:
@@ -159,11 +165,11 @@ class Recorded:
         self._kept |= self._draft
 
     def moments(self, seen: Seen) -> GroupMoments:
-        """Add to the pool and return it."""
+        """Add to the pool."""
         new = measure(seen.core.crop(seen.x), seen.groups)
         old = self._kept.get(seen.name)
         self._draft[seen.name] = new if old is None else old.merged(new)
-        return self._draft[seen.name]
+        return new if seen.whole else self._draft[seen.name]
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
