@@ -1,0 +1,68 @@
+"""Sampled statistics on the nano autoencoder: near the un-tiled decode, no flicker, no seams."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from comfyui_kandinsky5.kandinsky_core.io.load import load_vae
+from comfyui_kandinsky5.kandinsky_core.nano import files
+from comfyui_kandinsky5.kandinsky_core.nano.codec import pixels
+from comfyui_kandinsky5.kandinsky_core.nano.draw import draw, scene
+from comfyui_kandinsky5.kandinsky_core.vae.decoding import decode_with
+from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, STREAM, DecodePlan
+from comfyui_kandinsky5.kandinsky_core.vae.tiling import single_plan
+
+LATENTS = 9
+THW = (LATENTS, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae(files()["vae"], dtype=torch.float32).vae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=[2, 0])  # 2: a growing circle, the hardest of a dozen clips
+def clip(request, vae):
+    """A clip, its latent and the un-tiled decode."""
+    truth = pixels(draw(scene(request.param, request.param), frames=4 * LATENTS - 3)[None])
+    z = vae.encode(truth, plan=single_plan(*THW)).mean
+    return truth, z, vae.decode(z, plan=single_plan(*THW))
+
+
+def decibels(a, b):
+    return 10 * math.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item())
+
+
+def flicker(out, truth):
+    """Mean change of a frame's mean error from frame to frame, in 1/255."""
+    return (out.clamp(-1, 1) - truth).mean((0, 1, 3, 4)).diff().abs().mean().item() * 127.5
+
+
+def seam(error):
+    """How much steeper an error is across the middle, where tiles meet, than a little beside it: the worse side."""
+    ratios = []
+    for dim in (-2, -1):
+        slope = error.diff(dim=dim).abs().movedim(dim, -1)
+        middle = error.shape[dim] // 2 - 1
+        beside = [middle + step for step in (-4, -3, -2, 2, 3, 4)]
+        ratios.append((slope[..., middle].mean() / slope[..., beside].mean()).item())
+    return max(ratios)
+
+
+@pytest.mark.parametrize(("mode", "tiles"), [(STREAM, (1, 1)), (LATE_TILE, (2, 2))])
+def test_sampled_statistics_come_near_the_whole(vae, clip, mode, tiles):
+    truth, z, whole = clip
+    out = decode_with(vae, z, DecodePlan(mode=mode, latent_thw=THW, chunk=2, tiles=tiles))
+    assert decibels(out, whole) >= 45
+    assert flicker(out, truth) <= 1.1 * flicker(whole, truth)
+    assert seam(out - whole) <= 1.05
+    assert abs(decibels(out, truth) - decibels(whole, truth)) < 1
+
+
+def test_a_seam_is_seen(clip):
+    truth, _, whole = clip
+    shifted = whole.clone()
+    shifted[..., 32:] += 0.01
+    assert seam(shifted - truth) > 1.2 * seam(whole - truth) or seam(shifted - whole) > 1.05
