@@ -270,12 +270,12 @@ def chunk_bytes(
     """
     latents, rows, columns = latent_thw
     frame = Cut.whole(rows), Cut.whole(columns)
-    pasts = [0]
-    if chunk < latents:
-        # Attention has room for the keys and values of the whole clip.
-        pasts = [*network.caches(*frame), 2 * spec.block_out_channels[-1] * latents * rows * columns]
+    seen = spec.block_out_channels[-1] * latents * rows * columns  # what the attention keeps of the whole clip
+    pasts = [*network.caches(*frame), seen] if chunk < latents else [0]
     kept = max(pasts) if on_host else sum(pasts)
-    return itemsize * (network.working(chunk, latents, *frame) + kept) + _merged_bytes(spec, network, itemsize)
+    # The attention makes the keys and values of all of it again, while little else is alive.
+    working = max(network.working(chunk, latents, *frame), 2 * seen)
+    return itemsize * (working + kept) + _merged_bytes(spec, network, itemsize)
 
 
 def module_bytes(spec: VAESpec, network: Network, itemsize: int, latents: int, rows: int, columns: int) -> int:
