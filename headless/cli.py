@@ -140,6 +140,10 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     ):
         command.add_argument(f"--{name}", type=kind, help=f"{text} (default: as released)")
     command.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
+    command.add_argument(
+        "--budget", help="device memory to run in: auto, 8, 12, 16 or 24 for a card of that size, or free GB "
+        "(default: everything stays on the device)",
+    )  # fmt: skip
 
 
 def _add_question(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,18 @@ def budget_of(given: str, host: Host) -> int:
         raise KandinskyError("This device does not tell how much is free. Give --budget in GB, for example 12.")
     if (profile := f"{given} GB") in PROFILES:
         return PROFILES[profile]
+    return round(free_gb(given) * GB)
+
+
+def free_gb(given: str) -> float:
+    """Return the number of GB that `--budget` gives."""
     try:
         budget = float(given)
     except ValueError as error:
         raise KandinskyError(f"--budget '{given}' is neither 'auto' nor a number of GB.") from error
-    if budget <= 0:
+    if not 0 < budget < math.inf:
         raise KandinskyError(f"--budget must be above 0 GB; got {given}.")
-    return round(budget * GB)
+    return budget
 
 
 def _filled(question: Question, sampler: Call, graph: Graph) -> Question:

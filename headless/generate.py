@@ -13,7 +13,9 @@ from ..kandinsky_core.variants import Variant
 from ..nodes import files
 from ..nodes.editing import AS_IMAGE
 from ..nodes.host_standalone import StandaloneHost
+from ..nodes.memory import AUTO, BUDGETS, KEPT
 from ..nodes.size import CUSTOM
+from .estimate import free_gb
 from .graph import Call, Graph, Link
 
 # Short names of the built-in models, and what `nano.files` calls them and the autoencoders they need.
@@ -49,6 +51,7 @@ class Wish:
     guidance: float | None = None
     shift: float | None = None
     seed: int = 0
+    budget: str | None = None  # device memory to plan for; None: everything stays on the device
     masses: str | None = None  # measure NABLA with these shares P instead of making a clip
     window: tuple[int, int, int] = (11, 3, 3)
 
@@ -81,9 +84,13 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
     encoders = add("K5LoadTextEncoder", qwen_name=text, clip_name=clip, dtype=wish.dtype)
     autoencoder = add("K5LoadVAE", vae_name=vae, dtype="auto")
     size = _size(wish, row)
+    model_link, clip_link = Link(loaded, 0), Link(encoders, 0)
+    if wish.budget is not None:
+        planned = add("K5MemoryPlan", **_plan(wish.budget), **size, model=model_link, clip=clip_link)
+        model_link, clip_link = Link(planned, 0), Link(planned, 3)
     words = {
-        "clip": Link(encoders, 0),
-        "model": Link(loaded, 0),
+        "clip": clip_link,
+        "model": model_link,
         "prompt": wish.prompt,
         "negative_prompt": row.negative if wish.negative is None else wish.negative,
     }
@@ -118,7 +125,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
             )
             latent = Link(start, 2)
     sampling: dict[str, Any] = {
-        "model": Link(loaded, 0), "positive": Link(start, 0), "negative": Link(start, 1), "latent": latent,
+        "model": model_link, "positive": Link(start, 0), "negative": Link(start, 1), "latent": latent,
         "seed": wish.seed, "steps": wish.steps or 0, "cfg": -1.0 if wish.guidance is None else wish.guidance,
         "shift": wish.shift or 0.0,
     }  # fmt: skip
@@ -134,6 +141,19 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
         video = add("CreateVideo", images=Link(decoded, 0), fps=float(row.fps))
         add("SaveVideo", video=Link(video, 0), filename_prefix="kandinsky5", format="mp4")
     return graph
+
+
+def _plan(budget: str) -> dict[str, Any]:
+    """Return the inputs of a memory plan for `--budget`; everything but the budget is automatic."""
+    named = budget if budget == AUTO else f"{budget} GB"
+    inputs: dict[str, Any] = {
+        "batch_size": 1, "budget": named if named in BUDGETS else CUSTOM, "custom_gb": 12.0, "attention": AUTO,
+        "kept": KEPT, "cfg": -1.0, "steps": 0, "resident_blocks": -1, "prefetch": -1, "hidden_pieces": 0,
+        "head_groups": 0, "stream_text": AUTO, "decode_mode": AUTO, "measure": False,
+    }  # fmt: skip
+    if inputs["budget"] == CUSTOM:
+        inputs["custom_gb"] = free_gb(budget)
+    return inputs
 
 
 def _size(wish: Wish, row: Variant) -> dict[str, int]:

@@ -328,7 +328,7 @@ class StandaloneHost(Host):
         return self.device.type == "cpu"
 
     def free_bytes(self) -> int:
-        """Return what is free on the device; what is loaded counts as used, unless it is mapped from its file."""
+        """Return what is free on the device; what is loaded makes room for the next."""
         return free_bytes(self.device)
 
     def memory_mode(self) -> MemoryMode:
@@ -343,6 +343,10 @@ class StandaloneHost(Host):
     def with_plan(self, model: ModelHandle, plan: Plan, *, measures: bool = False) -> ModelHandle:
         """Return a handle that is loaded and run as the plan says."""
         return replace(model, plan=plan, measures=measures)
+
+    def with_text_plan(self, clip: TextHandle, plan: Plan) -> TextHandle:
+        """Return a handle whose towers run as the plan says."""
+        return replace(clip, plan=plan)
 
     def plan_of(self, model: Any) -> Plan | None:
         """Return the plan of a handle."""

@@ -168,11 +168,13 @@ class K5MemoryPlan(io.ComfyNode):
                     "On a GPU the peak is always reported.",
                 ),
                 io.Latent.Input("latent", optional=True, tooltip="Takes the place of the sizes."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to run as planned."),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
                 MemoryPlan.Output(display_name="plan"),
                 io.String.Output(display_name="report", tooltip="Every choice, and the estimate of each stage."),
+                io.Clip.Output(display_name="clip", tooltip="The connected text encoder, as planned."),
             ],
         )  # fmt: skip
 
@@ -186,8 +188,9 @@ class K5MemoryPlan(io.ComfyNode):
         cls, model: Any, width: int, height: int, length: int, batch_size: int, budget: str, custom_gb: float,
         attention: str, kept: float, cfg: float, steps: int, resident_blocks: int, prefetch: int, hidden_pieces: int,
         head_groups: int, stream_text: str, decode_mode: str, measure: bool, latent: Latent | None = None,
+        clip: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
-        """Plan; the given model stays as it is."""
+        """Plan; the given model and text encoder stay as they are."""
         shape, batch = (
             (VideoShape(width_px=width, height_px=height, frames=length), batch_size)
             if latent is None
@@ -221,7 +224,8 @@ class K5MemoryPlan(io.ComfyNode):
         if mode.host_moves_weights:
             notes.append("Which blocks travel is the loader's choice; what is shown is the plan's own count.")
         report = "\n".join((describe(job, plan), *notes, "", table(estimate(job, plan))))
-        return io.NodeOutput(host().with_plan(model, plan, measures=measure), plan, report)
+        planned = host().with_plan(model, plan, measures=measure)
+        return io.NodeOutput(planned, plan, report, None if clip is None else host().with_text_plan(clip, plan))
 
 
 def budget_bytes(budget: str, custom_gb: float) -> int:

@@ -40,14 +40,13 @@ class Measurement:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory of a device that a run can have; 0 where the device does not tell."""
+    """Return the memory of a device that a run can have, what PyTorch holds there included; 0: it does not tell."""
     if device.type == "cpu":
         return free_ram_bytes()
     memory = _statistics(device)
     if memory is None or not hasattr(memory, "mem_get_info"):
         return 0
-    unused = memory.memory_reserved(device) - memory.memory_allocated(device)  # kept by PyTorch, free for the next
-    return memory.mem_get_info(device)[0] + unused
+    return memory.mem_get_info(device)[0] + memory.memory_reserved(device)
 
 
 def _statistics(device: torch.device) -> Any:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from comfyui_kandinsky5.headless.cli import main
+from comfyui_kandinsky5.kandinsky_core.io.media import read_image
 from comfyui_kandinsky5.kandinsky_core.memory.budget import PROFILES
 from comfyui_kandinsky5.nodes import host as door
 
@@ -87,3 +88,18 @@ def test_auto_is_what_is_free_here(estimate):
 def test_what_cannot_be_estimated_is_refused(estimate, arguments, message):
     code, _, err = estimate(*arguments)
     assert code == 2 and message in err
+
+
+def test_generate_runs_in_a_budget_and_gives_the_same_clip(monkeypatch, capsys, tmp_path):
+    """A budget that all of nano fits changes nothing; one too small for anything is refused before anything runs."""
+    monkeypatch.setattr(door, "_current", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    made = ["generate", "--device", "cpu", "--quiet", "--prompt", "A red circle.", "--frames", "1", "--steps", "1"]
+    made += ["--width", "64", "--height", "64", "--model", "nano-image"]
+    assert main([*made, "--budget", "12"]) == 0
+    planned = read_image(tmp_path / capsys.readouterr().out.strip()).pixels_1HW3
+    assert main(made) == 0
+    assert (read_image(tmp_path / capsys.readouterr().out.strip()).pixels_1HW3 == planned).all()
+    assert main([*made, "--budget", "0.0001"]) == 1
+    assert "needs at least" in capsys.readouterr().err

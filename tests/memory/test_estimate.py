@@ -14,6 +14,9 @@ from comfyui_kandinsky5.kandinsky_core.memory.estimate import (
     SAMPLE,
     TEXT,
     Job,
+    decode_plan,
+    decode_stage,
+    encode_stage,
     estimate,
     sample_stage,
     text_stage,
@@ -25,6 +28,9 @@ from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, Regime, dense
 from comfyui_kandinsky5.kandinsky_core.sampling import TextCondition, guide, sample, timesteps, velocity_of
 from comfyui_kandinsky5.kandinsky_core.shapes import VideoShape
 from comfyui_kandinsky5.kandinsky_core.sparse.nabla import Nabla, NablaSettings, options
+from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding
+from comfyui_kandinsky5.kandinsky_core.vae.flux import FluxVAE
+from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import HunyuanVideoVAE
 from comfyui_kandinsky5.kandinsky_core.vae.plan import AUTO, STREAM, plan_decode
 from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS, Variant
 from hypothesis import Phase, given, settings
@@ -179,6 +185,46 @@ def test_block_sparse_attention_counts_as_it_does(token_thw, precision):
     sparse = sparse_bytes(spec, token_thw, kept=run.record.mean_kept, **made)
     found = Forward(spec=spec, visual_tok=t * h * w, text_tok=64, sparse=sparse, **made).peak_bytes()
     assert found == pytest.approx(tracker.peak_bytes, rel=0.12)
+
+
+AUTOENCODED = [
+    *(("nano_video", size, "cpu") for size in ((64, 64, 17), (128, 96, 17), (32, 32, 49))),
+    *(("nano_image", size, "cpu") for size in ((64, 64, 1), (128, 128, 1), (256, 128, 1))),
+    *(("lite_t2i", size, "meta") for size in ((1024, 1024, 1), (1408, 640, 1), (512, 512, 1))),
+    *(("lite_t2v_5s_sft", size, "meta") for size in ((768, 512, 17), (512, 512, 17), (256, 256, 17))),
+]
+
+
+def autoencoder(job: Job, device: str) -> torch.nn.Module:
+    spec = job.row.vae
+    dtype = torch.float32 if job.vae_itemsize == 4 else torch.bfloat16
+    return (HunyuanVideoVAE if spec.kind == "hunyuan" else FluxVAE)(spec, device=device, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize(("name", "size", "device"), AUTOENCODED)
+def test_a_latent_is_decoded_in_the_estimated_memory(name, size, device):
+    """By the plan that a roomy device gets: one pass, or causal chunks."""
+    job = Job(row=VARIANTS[name], shape=shape(*size), vae_itemsize=4 if device == "cpu" else 2)
+    vae, stage = autoencoder(job, device), decode_stage(job, ROOMY)
+    z_BCTHW = torch.zeros(1, 16, *job.shape.latent_thw, device=device, dtype=next(vae.parameters()).dtype)
+    with torch.no_grad(), Tracker() as tracker:
+        if job.row.vae.kind == "flux":
+            vae.decode(z_BCTHW[:, :, 0])
+        else:
+            Decoding(vae, z_BCTHW, decode_plan(job, ROOMY), on_piece=lambda *_: None).run()
+    assert stage.work_bytes == pytest.approx(tracker.peak_bytes, rel=WITHIN)
+
+
+@pytest.mark.parametrize(("name", "size", "device"), AUTOENCODED)
+def test_a_picture_is_encoded_in_the_estimated_memory(name, size, device):
+    job = Job(row=VARIANTS[name], shape=shape(*size), vae_itemsize=4 if device == "cpu" else 2, has_start=True)
+    vae, stage = autoencoder(job, device), encode_stage(job, ROOMY)
+    is_video = job.row.vae.kind == "hunyuan"
+    with torch.no_grad(), Tracker() as tracker:
+        pixels = torch.zeros(1, 3, job.shape.height_px, job.shape.width_px, device=device)
+        pixels = pixels.to(next(vae.parameters()).dtype)
+        vae.encode(pixels.unsqueeze(2) if is_video else pixels)
+    assert stage.work_bytes == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 
 sides = st.integers(2, 14).map(lambda cells: 64 * cells)

@@ -92,10 +92,18 @@ def test_budgets(host, monkeypatch):
 
 
 def test_a_plan_travels_with_the_model(host, model):
-    planned, value, report = plan(model, resident_blocks=1, hidden_pieces=3).args
+    planned, value, report, _ = plan(model, resident_blocks=1, hidden_pieces=3).args
     assert isinstance(value, Plan) and host.plan_of(planned) == value and host.plan_of(model) is None
     assert (value.resident_blocks, value.hidden_pieces) == (1, 3)
     assert "1 of 4 blocks stay on the device" in report and "at least 3 piece(s)" in report
+
+
+def test_the_text_encoder_gets_the_plan_too(host, model):
+    towers = ((files.TEXT_ENCODER, "text_encoder"), (files.CLIP_ENCODER, "clip"))
+    paths = [files.locate(kind, files.built_in(name)) for kind, name in towers]
+    clip = host.load_clip(*paths, tokenizer=None, dtype="auto")
+    assert plan(model, clip=clip, stream_text="on")[3].plan.streams_text
+    assert plan(model)[3] is None and clip.plan is None
 
 
 def test_sizes_come_from_a_connected_latent(model):
