@@ -91,7 +91,7 @@ def test_what_cannot_be_estimated_is_refused(estimate, arguments, message):
 
 
 def test_generate_runs_in_a_budget_and_gives_the_same_clip(monkeypatch, capsys, tmp_path):
-    """A budget that all of nano fits changes nothing; one too small for anything is refused before anything runs."""
+    """A budget that all of nano fits changes nothing; one that no device has is refused before anything runs."""
     monkeypatch.setattr(door, "_current", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -101,5 +101,4 @@ def test_generate_runs_in_a_budget_and_gives_the_same_clip(monkeypatch, capsys, 
     planned = read_image(tmp_path / capsys.readouterr().out.strip()).pixels_1HW3
     assert main(made) == 0
     assert (read_image(tmp_path / capsys.readouterr().out.strip()).pixels_1HW3 == planned).all()
-    assert main([*made, "--budget", "0.0001"]) == 1
-    assert "needs at least" in capsys.readouterr().err
+    assert main([*made, "--budget", "0.0001"]) == 2 and "custom_gb" in capsys.readouterr().err
