@@ -130,6 +130,7 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vae", help="autoencoder: path or name")
     command.add_argument("--variant", help="which published model the weights are (default: recognised)")
     command.add_argument("--dtype", default="auto", help="precision of the weights: auto, bf16, fp16, fp32")
+    command.add_argument("--text-dtype", help="of Qwen, where it is another: auto, bf16, fp16, fp32, nf4")
     for name, kind, text in (
         ("width", int, "pixels, a multiple of 16"),
         ("height", int, "pixels, a multiple of 16"),

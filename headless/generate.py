@@ -44,6 +44,7 @@ class Wish:
     vae: str | None = None
     variant: str | None = None
     dtype: str = "auto"
+    text_dtype: str | None = None  # of Qwen; None: as `dtype`
     width: int | None = None
     height: int | None = None
     frames: int | None = None
@@ -81,7 +82,7 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
         return name
 
     loaded = add("K5LoadModel", model_name=model, variant=wish.variant or "auto", dtype=wish.dtype)
-    encoders = add("K5LoadTextEncoder", qwen_name=text, clip_name=clip, dtype=wish.dtype)
+    encoders = add("K5LoadTextEncoder", qwen_name=text, clip_name=clip, dtype=wish.text_dtype or wish.dtype)
     autoencoder = add("K5LoadVAE", vae_name=vae, dtype="auto")
     size = _size(wish, row)
     model_link, clip_link = Link(loaded, 0), Link(encoders, 0)

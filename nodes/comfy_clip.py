@@ -18,7 +18,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..kandinsky_core.errors import TextError
+from ..kandinsky_core.errors import BackendUnavailable, TextError
+from ..kandinsky_core.io import open_checkpoint
+from ..kandinsky_core.io.quant import FP8
 from ..kandinsky_core.packed.layers import PackedEmbedding, PackedLinear
 from ..kandinsky_core.text import TextEncoder, TextFeatures, load_text_encoder
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
@@ -26,7 +28,7 @@ from ..kandinsky_core.text.encoder import OnLayer
 from ..kandinsky_core.text.tokens import tokenizer_folder
 from .comfy_model import DTYPES
 from .comfy_packed import HostedPackedEmbedding, HostedPackedLinear, PackedPatcher, formats
-from .host import EncodedText, cut_note, shown
+from .host import NF4, EncodedText, cut_note, shown
 
 TEMPLATE = "template"  # tokenizer option: which template, and how many tokens are kept
 MAX_TOKENS = "max_tokens"
@@ -150,7 +152,8 @@ def load(qwen: Path, clip: Path, tokenizer: Path | None, dtype: str) -> comfy.sd
     options = {
         "tokenizer_path": tokenizer or _tokenizer(qwen, "text_encoders/qwen25_tokenizer"),
         "clip_tokenizer_path": _tokenizer(clip, "sd1_tokenizer"),
-        "dtype": None if dtype == "auto" else DTYPES[dtype],
+        "dtype": _compute_dtype(qwen, dtype),
+        "nf4": dtype == NF4,
     }
     hosted = HostedTextEncoder(load_text_encoder(qwen, clip, **options), encoder_hash(qwen, clip, **options))
     comfy.model_management.archive_model_dtypes(hosted)
@@ -169,6 +172,19 @@ def load(qwen: Path, clip: Path, tokenizer: Path | None, dtype: str) -> comfy.sd
     out.use_clip_schedule = False
     out.tokenizer_options = {}
     return out
+
+
+def _compute_dtype(qwen: Path, dtype: str) -> torch.dtype | None:
+    """Return the dtype of what is not packed, None for the file's own."""
+    if dtype in ("auto", NF4):
+        return None
+    if DTYPES[dtype] not in FP8:
+        return DTYPES[dtype]
+    checkpoint = open_checkpoint(qwen, part="text_encoder")
+    if checkpoint.is_gguf:
+        raise BackendUnavailable(f"{qwen} is a GGUF file, whose weights stay as they are packed. Set dtype to 'auto'.")
+    stores_fp8 = any(checkpoint.dtype(name) in FP8 for name in checkpoint.tensors)
+    return None if stores_fp8 else DTYPES[dtype]
 
 
 def _tokenizer(weights: Path, own: str) -> Path | None:

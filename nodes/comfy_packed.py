@@ -41,7 +41,7 @@ class _Hosted(comfy.ops.CastWeightBiasOp):
         """Packed weight, scale and bias (in `dtype`) on `device`, brought by core where they lie elsewhere."""
         # Core would apply the patches to the bytes; it is shown a layer without any for the weight.
         stored = SimpleNamespace(
-            weight=self.weight, bias=getattr(self, "bias", None), weight_function=[], bias_function=self.bias_function
+            weight=self.weight, bias=self.bias, weight_function=[], bias_function=self.bias_function
         )
         scale = None if self.weight_scale is None else self.weight_scale.to(device)
         with comfy.ops.CastBiasWeightContext(
@@ -71,6 +71,8 @@ class HostedPackedLinear(PackedLinear, _Hosted):
 
 class HostedPackedEmbedding(PackedEmbedding, _Hosted):
     """A packed table under core's memory management."""
+
+    bias = None  # core asks every layer for one
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of `ids`, patches included."""

@@ -43,6 +43,9 @@ DTYPES = (
     "fp8_e5m2",
 )  # how weights are held; "auto": the host decides
 
+NF4 = "nf4"  # packed into four bits while it is read
+TEXT_DTYPES = (*DTYPES, NF4)  # of Qwen
+
 WEIGHTS_SUFFIXES = (".safetensors", ".sft")
 GGUF_SUFFIX = ".gguf"
 GGUF_FOLDERS = ("diffusion_models", "text_encoders")  # folder keys under which GGUF files are listed: no autoencoders

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
 from ..kandinsky_core.io.mapped import mapping_dtype
+from ..kandinsky_core.io.quant import packed_formats
 from ..kandinsky_core.memory.measurement import Measurement, free_bytes
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.ram import free_ram_bytes
@@ -49,6 +50,7 @@ from .host import (
     KNOWN_EDIT,
     KNOWN_FRAMES,
     LATENTS,
+    NF4,
     SPARSE_HINT,
     WEIGHTS_SUFFIXES,
     Conditioning,
@@ -105,6 +107,7 @@ class TextHandle:
     tokenizer: Path | None
     dtype: torch.dtype
     plan: Plan | None = None  # None: all weights on the device
+    nf4: bool = False  # Qwen's linear weights packed into four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,8 @@ class StandaloneHost(Host):
 
     def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
         """Recognise a transformer file; its weights are read when the sampler needs them."""
-        identity = identify(open_checkpoint(path), variant)
+        checkpoint = open_checkpoint(path)
+        identity = identify(checkpoint, variant)
         lacks_bf16 = dtype == "auto" and not _has_bf16(self.device)
         handle = ModelHandle(path, identity.variant, torch.float16 if lacks_bf16 else self._dtype(dtype, path))
         row = identity.variant
@@ -223,6 +227,8 @@ class StandaloneHost(Host):
             f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}.\n"
             f"Runs on {self.device} in {handle.dtype}."
         )
+        if packed := packed_formats(checkpoint):
+            report += f" Packed weights stay as they are stored: {', '.join(packed)}."
         if lacks_bf16:
             report += f" ({self.device} does not compute in bfloat16.)"
         if handle.dtype == torch.float16:
@@ -234,7 +240,10 @@ class StandaloneHost(Host):
     def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> TextHandle:
         """Name both text encoders; they are read when a prompt is encoded."""
         self._record(text_encoders=[qwen.name, clip.name])
-        return TextHandle(qwen, clip, tokenizer, self._dtype(dtype, qwen, part="text_encoder"))
+        nf4 = dtype == NF4
+        return TextHandle(
+            qwen, clip, tokenizer, self._dtype("auto" if nf4 else dtype, qwen, part="text_encoder"), nf4=nf4
+        )
 
     def load_vae(self, path: Path, *, dtype: str) -> VAEHandle:
         """Recognise an autoencoder file; its weights are read when something is encoded or decoded."""
@@ -262,6 +271,8 @@ class StandaloneHost(Host):
         if name == "auto":
             is_small = self.device.type == "cpu" and open_checkpoint(path, part=part).nbytes <= CPU_FLOAT32_BYTES
             return torch.float32 if is_small else torch.bfloat16
+        if name == NF4:
+            raise BackendUnavailable(f"dtype '{NF4}' is for the text encoder only. Convert a transformer instead.")
         if name not in DTYPES:
             raise BackendUnavailable(
                 f"dtype '{name}' works inside ComfyUI only. Outside it use one of: auto, {', '.join(DTYPES)}."
@@ -300,7 +311,7 @@ class StandaloneHost(Host):
         streamed = self._streams_text(clip)
         # No page-locked copies: a prompt reads every layer once or twice, and making them would read all of them, too.
         encoder = load_text_encoder(
-            clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, device=self.device,
+            clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, nf4=clip.nf4, device=self.device,
             streamed=streamed, prefetch=1 if clip.plan is None else clip.plan.prefetch,
         )  # fmt: skip
         self._streams += encoder.streams
@@ -364,7 +375,7 @@ class StandaloneHost(Host):
         self, clip: TextHandle, prompt: str, *, template: str, max_tokens: int, images: Sequence[Tensor] = ()
     ) -> EncodedText:
         """Encode one prompt with the released template."""
-        options = {"tokenizer_path": clip.tokenizer, "dtype": clip.dtype}
+        options = {"tokenizer_path": clip.tokenizer, "dtype": clip.dtype, "nf4": clip.nf4}
         text = encode_cached(
             EmbeddingCache(self.directory("cache") / "text"),
             encoder_hash(clip.qwen, clip.clip, **options),

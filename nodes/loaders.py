@@ -9,7 +9,7 @@ from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.variants import VARIANTS
 from . import files
 from .comfy_io import io
-from .host import DTYPES, host
+from .host import DTYPES, TEXT_DTYPES, host
 
 CATEGORY = "Kandinsky 5/loaders"
 AUTO = "auto"
@@ -34,7 +34,8 @@ class K5LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=files.names(files.MODEL),
-                    tooltip="Weights from models/diffusion_models or models/checkpoints, or a built-in nano model.",
+                    tooltip="Weights from models/diffusion_models (also GGUF) or models/checkpoints, or a built-in "
+                    "nano model.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -85,7 +86,8 @@ class K5LoadTextEncoder(io.ComfyNode):
                 io.Combo.Input(
                     "qwen_name",
                     options=files.names(files.TEXT_ENCODER),
-                    tooltip="Qwen2.5-VL 7B from models/text_encoders: a single file or the original folder.",
+                    tooltip="Qwen2.5-VL 7B from models/text_encoders: a single file (also fp8 or GGUF) or the original "
+                    "folder.",
                 ),
                 io.Combo.Input(
                     "clip_name",
@@ -93,7 +95,11 @@ class K5LoadTextEncoder(io.ComfyNode):
                     tooltip="CLIP ViT-L/14 from models/text_encoders: clip_l.safetensors or the original folder.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=list(DTYPES), default=AUTO, advanced=True, tooltip=_DTYPE_TIP
+                    "dtype",
+                    options=list(TEXT_DTYPES),
+                    default=AUTO,
+                    advanced=True,
+                    tooltip=_DTYPE_TIP + " 'nf4' packs Qwen's layers into four bits while they are read.",
                 ),
                 io.String.Input(
                     "tokenizer",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..packed.blocks import BLOCKS
-from ..packed.layers import FORMATS, Packing, can_hold, packed_layer, unpack
-from ..packed.layers import FP8 as FP8_NAMES
+from ..packed.formats import FORMATS
+from ..packed.formats import FP8 as FP8_NAMES
+from ..packed.layers import Packing, can_hold, packed_layer, unpack
 from .checkpoint import Checkpoint
 from .listing import some
 
@@ -76,6 +77,11 @@ def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
+def packed_formats(checkpoint: Checkpoint) -> list[str]:
+    """Formats of the packed tensors, by name; empty where all are plain."""
+    return sorted({info.dtype for info in checkpoint.tensors.values()} & {*BLOCKS, *FP8_NAMES})
+
+
 def packing_of(checkpoint: Checkpoint, name: str) -> Packing | None:
     """How tensor `name` is packed; None for a plain one."""
     info = checkpoint.tensors[name]
@@ -132,10 +138,15 @@ def hold_packed(
         packing = packing_of(checkpoint, stored) if kind == "weight" else None
         if packing is None or not can_hold(plain := expected.get_submodule(owner), packing):
             continue
-        parent, _, child = owner.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer(plain, packing, dtype or torch.bfloat16))
+        replace_layer(model, owner, layer(plain, packing, dtype or torch.bfloat16))
         held[stored] = packing
     return held
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer where its dotted name says."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def packed_entries(checkpoint: Checkpoint, stored: str, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -66,6 +66,7 @@ SIGNATURES = (
     _row("a tiny preview autoencoder", OTHER_VAE, r"(decoder\.|decoder\.layers\.)?[13]\.conv\.0\."),
     _row("Qwen2.5-VL", TEXT, r"visual\.blocks\.", r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
     _row("a Qwen2.5 language model", TEXT, r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.q_proj\.bias"),
+    _row("a Qwen2.5 language model in llama.cpp's form", TEXT, r"blk\.\d+\.attn_q\.bias"),
     _row("CLIP", TEXT, r"(text_model\.)?embeddings\.token_embedding\.", r"(text_model\.)?encoder\.layers\.\d+\."),
     _row("T5", OTHER_TEXT, r"encoder\.block\.\d+\.layer\.0\.SelfAttention\."),
     _row("a language model", OTHER_TEXT, r"(model\.)?(language_model\.)?layers\.\d+\.(self_attn|mlp)\."),

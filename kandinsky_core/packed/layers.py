@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BLOCKS
-from .nf4 import NF4
+from .formats import FORMATS, FP8
 
-FORMATS = {**BLOCKS, "NF4": NF4}
-FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 PIECE = 1 << 23  # elements that are float32 at a time, so that a large weight never is as a whole
 
 

@@ -30,9 +30,10 @@ def unpack_nf4(blocks: Tensor) -> Tensor:
 def pack_nf4(values: Tensor) -> Tensor:
     """Return uint8 `[n, 34]` of float32 `[n, 64]`: each value goes to the nearest level."""
     levels = torch.tensor(LEVELS, device=values.device)
-    scale = values.abs().amax(1, keepdim=True).half()
     borders = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(values / scale.float().clamp_min(torch.finfo(torch.float16).tiny), borders).to(torch.uint8)
+    scale = values.abs().amax(1, keepdim=True).half()
+    scaled = values / scale.float().clamp_min(torch.finfo(torch.float16).tiny)
+    codes = torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8)
     return torch.cat((scale.view(torch.uint8), codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4), dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Weights to fewer bits: GGUF's blocks of 32 and scaled 8-bit floats, as ggml and ComfyUI read them."""
+"""Weights to fewer bits: GGUF's blocks of 32 and scaled 8-bit floats, as ggml and ComfyUI read them, and NF4."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .blocks import BLOCKS
+from .formats import FORMATS
+from .nf4 import pack_nf4
 
 PIECE = 1 << 14  # blocks whose intermediate values are in memory at a time
 FP8_LIMIT = torch.finfo(torch.float8_e4m3fn).max
@@ -58,13 +59,14 @@ def pack_q5_0(values: Tensor) -> Tensor:
     return torch.cat((_scale_bytes(scale), fifth, _pair(codes & 15)), dim=1)
 
 
-PACKERS: dict[str, Callable[[Tensor], Tensor]] = {"Q8_0": pack_q8_0, "Q5_0": pack_q5_0, "Q4_0": pack_q4_0}
+Packer = Callable[[Tensor], Tensor]
+PACKERS: dict[str, Packer] = {"Q8_0": pack_q8_0, "Q5_0": pack_q5_0, "Q4_0": pack_q4_0}  # what files are written in
 
 
 def pack_blocks(values: Tensor, name: str) -> Tensor:
     """Return uint8 `[n, nbytes]` of a float32 tensor of n whole blocks, a limited number of blocks at a time."""
-    blocks = values.reshape(-1, BLOCKS[name].elements)
-    return torch.cat([PACKERS[name](part) for part in blocks.split(PIECE)])
+    packer = pack_nf4 if name == "NF4" else PACKERS[name]
+    return torch.cat([packer(part) for part in values.reshape(-1, FORMATS[name].elements).split(PIECE)])
 
 
 def fp8_scale(values: Tensor) -> Tensor:

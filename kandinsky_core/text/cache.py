@@ -135,13 +135,14 @@ def encoder_hash(
     tokenizer_path: str | os.PathLike[str] | None = None,
     clip_tokenizer_path: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
+    nf4: bool = False,
 ) -> str:
     """Identity of a text encoder, given as to `load_text_encoder`, in milliseconds.
 
     Of each weights file: its name, size, modification time, header and 16 samples of 4 KiB spread over the data. Of the
     tokenizers: all bytes. Reading 16 GB of weights would cost more than encoding the prompt.
     """
-    digest = hashlib.sha256(f"{VERSION} {dtype}".encode())
+    digest = hashlib.sha256(f"{VERSION} {'NF4' if nf4 else ''}{dtype}".encode())
     parts = (
         (qwen_path, "text_encoder", tokenizer_path),
         (clip_path, "text_encoder_2", clip_tokenizer_path),

@@ -239,23 +239,25 @@ def load_text_encoder(
     clip_tokenizer_path: Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    nf4: bool = False,
     streamed: bool = False,
     prefetch: int = 1,
     pinned_bytes: int = 0,
 ) -> TextEncoder:
-    """Text encoder from HF folders or ComfyUI single files; nothing is ever downloaded.
+    """Text encoder from HF folders, ComfyUI single files or GGUF; nothing is ever downloaded.
 
-    `dtype` is Qwen's (None: as stored; fp8 becomes bfloat16); CLIP is float32 as released. Tokenizers lie beside the
-    weights or in the folders given. Weights are memory-mapped until `device` or use asks for them. `streamed` leaves
-    Qwen's layers mapped for good and lets them visit `device` (see `TextEncoder.stream`): in bf16 0.9 GB there instead
-    of 13 GB. Packed weights travel packed.
+    `dtype` is what Qwen computes in (None: as stored; packed weights, which stay packed, compute in bfloat16); CLIP is
+    float32 as released. `nf4` packs the text tower's linear weights into four bits as they are read. Tokenizers lie
+    beside the weights or in the folders given. Other weights are memory-mapped until `device` or use asks for them.
+    `streamed` leaves Qwen's layers mapped for good and lets them visit `device` (see `TextEncoder.stream`): in bf16
+    0.9 GB there instead of 13 GB. Packed weights travel packed.
     """
     qwen_file = open_checkpoint(qwen_path, part="text_encoder")
     clip_file = open_checkpoint(clip_path, part="text_encoder_2")
     qwen_tokenizer = load_qwen_tokenizer(tokenizer_folder(qwen_file.path, tokenizer_path))
     clip_tokenizer = load_clip_tokenizer(tokenizer_folder(clip_file.path, clip_tokenizer_path))
     encoder = TextEncoder(
-        load_text_tower(qwen_file, mapping_dtype(qwen_file, dtype) if streamed else dtype),
+        load_text_tower(qwen_file, mapping_dtype(qwen_file, dtype) if streamed and not nf4 else dtype, nf4=nf4),
         load_clip_tower(clip_file),
         qwen_tokenizer,
         clip_tokenizer,

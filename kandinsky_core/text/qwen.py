@@ -21,22 +21,40 @@ MROPE_SECTION = (16, 24, 24)  # rotary pairs for time, height, width; their sum 
 ROPE_THETA = 1_000_000.0
 NORM_EPS = 1e-6
 
+# Names in llama.cpp's GGUF files, piece by piece.
+LLAMA_CPP = tuple(
+    (re.compile(rf"^{there}\."), rf"{here}.") for there, here in (
+        ("token_embd", "embed_tokens"),
+        ("output_norm", "norm"),
+        ("output", "lm_head"),
+        (r"blk\.(\d+)\.attn_norm", r"layers.\1.input_layernorm"),
+        (r"blk\.(\d+)\.attn_([qkv])", r"layers.\1.self_attn.\2_proj"),
+        (r"blk\.(\d+)\.attn_output", r"layers.\1.self_attn.o_proj"),
+        (r"blk\.(\d+)\.ffn_norm", r"layers.\1.post_attention_layernorm"),
+        (r"blk\.(\d+)\.ffn_(gate|up|down)", r"layers.\1.mlp.\2_proj"),
+    )
+)  # fmt: skip
+
 TEXT = Layout(
     title="Qwen2.5-VL",
     tower=re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?P<name>(?:embed_tokens|layers|norm)\..+)$"),
     ignored=re.compile(r"^(?:model\.)?(?:visual\.|(?:language_model\.)?lm_head\.)"),
+    spelling=LLAMA_CPP,
 )
 
 
-def load_text_tower(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
-    """Text tower with memory-mapped weights; the vision tower and the output head are left on disk."""
+def load_text_tower(checkpoint: Checkpoint, dtype: torch.dtype | None, *, nf4: bool = False) -> nn.Module:
+    """Text tower with memory-mapped weights, or ones packed into four bits as they are read.
+
+    The vision tower and the output head are left on disk.
+    """
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
     names = tower_names(checkpoint, TEXT)
     with building(checkpoint), torch.device("meta"):
         config = text_config(checkpoint, names)
         tower = Qwen2_5_VLTextModel(config)
-    assign(tower, checkpoint, TEXT, dtype)
+    assign(tower, checkpoint, TEXT, dtype, nf4=nf4)
     # Rotary frequencies are in no file: built again, this time with numbers. transformers 4 has one in every layer.
     rotary = type(tower.rotary_emb)(config=config)
     for owner in tower.modules():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..io.checkpoint import Checkpoint
 from .images import MERGE, Patches
+from .qwen import LLAMA_CPP
 from .weights import Layout, assign, building, tower_names
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ VISION = Layout(
     title="Qwen2.5-VL with its vision tower",
     tower=re.compile(r"^(?:model\.)?visual\.(?P<name>.+)$"),
     ignored=re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?:embed_tokens|layers|norm|lm_head)\."),
+    spelling=LLAMA_CPP,
 )
 
 

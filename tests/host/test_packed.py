@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
+import gguf
 import pytest
 import tiny
 import torch
+from comfyui_kandinsky5.kandinsky_core import nano
 from comfyui_kandinsky5.kandinsky_core.io import save_checkpoint
 from comfyui_kandinsky5.kandinsky_core.io.convert import convert
-from tiny_graphs import loaders, node, save, text_to_video
+from comfyui_kandinsky5.nodes.files import built_in
+from safetensors.torch import load_file
+from tiny_graphs import loaders, node, sampler, save, text_to_video
 
 LAYER = "visual_transformer_blocks.0.self_attention.to_query"
 
@@ -41,6 +47,86 @@ def error(one, other):
 def test_converted_files_give_nearly_the_same(saved, packed, to, limit):
     exact = saved(graph(tiny.VIDEO))["latent"]
     assert 1e-5 < error(saved(graph(packed(to)))["latent"], exact) < limit
+
+
+@pytest.fixture(scope="module")
+def nano_clip(server):
+    """Decoded frames of the nano video model in bf16, or of a conversion of it: `nano_clip("gguf-Q8_0")`."""
+    folder = server.base / "models" / "diffusion_models"
+
+    def make(to=None):
+        name = built_in("model")
+        if to is not None:
+            name = f"nano_{to}.{'gguf' if to.startswith('gguf') else 'safetensors'}"
+            convert(nano.files()["model"], folder / name, to)
+        made = {
+            "model": node("K5LoadModel", model_name=name, variant="auto", dtype="auto" if to == "fp8" else "bf16"),
+            "clip": node(
+                "K5LoadTextEncoder", qwen_name=built_in("text_encoder"), clip_name=built_in("clip"), dtype="auto"
+            ),
+            "vae": node("K5LoadVAE", vae_name=built_in("vae"), dtype="auto"),
+            "text": node(
+                "K5EncodeText", clip=["clip", 0], prompt="A red circle moves right on a black background.",
+                negative_prompt="", template="auto", max_tokens=0, model=["model", 0],
+            ),
+            "empty": node("K5EmptyLatent", width=64, height=64, length=17, batch_size=1),
+            "sample": sampler(steps=8),
+            "decode": node("K5VAEDecode", vae=["vae", 0], latent=["sample", 0]),
+            "save": save(image=["decode", 0]),
+        }  # fmt: skip
+        return load_file(server.run(made)["save"]["path"][0])["image"]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def nano_exact(nano_clip):
+    return nano_clip()
+
+
+@pytest.mark.parametrize("to", ["fp8", "gguf-Q8_0", "gguf-Q5_0"])
+def test_the_nano_models_clip_stays_within_35_decibel(nano_clip, nano_exact, to):
+    made = nano_clip(to)
+    assert made.shape == nano_exact.shape == (17, 64, 64, 3) and nano_exact.std() > 0.05
+    assert 35 <= -10 * (made - nano_exact).square().mean().log10().item() < 90
+
+
+def test_text_encoders_compute_packed(server, saved):
+    """Qwen as fp8 file, as GGUF and packed into NF4 while it is read: the conditioning stays near."""
+    folder = server.base / "models" / "text_encoders"
+    tensors = load_file(folder / tiny.QWEN / "model.safetensors")
+    config = json.loads((folder / tiny.QWEN / "config.json").read_text())
+    (folder / "qwen_fp8").mkdir()
+    (folder / "qwen_gguf").mkdir()
+    for name in ("qwen_fp8", "qwen_gguf"):
+        (folder / name / "config.json").write_text(json.dumps(config))
+        (folder / name / "tokenizer.json").write_bytes((folder / tiny.QWEN / "tokenizer.json").read_bytes())
+    packed = {}
+    writer = gguf.GGUFWriter(folder / "qwen_gguf" / "model.gguf", "qwen2vl")
+    for name, value in tensors.items():
+        is_layer = "language_model" in name and value.ndim == 2
+        if name.startswith("language_model"):
+            kind = gguf.GGMLQuantizationType.Q8_0 if is_layer else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
+        scale = value.float().abs().max() / 448
+        packed[name] = (value.float() / scale).to(torch.float8_e4m3fn) if is_layer else value
+        if is_layer:
+            packed[name.removesuffix("weight") + "scale_weight"] = scale
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_checkpoint(folder / "qwen_fp8" / "model.safetensors", packed)
+
+    def features(qwen, dtype):
+        made = loaders() | {"save": save(conditioning=["text", 0])}
+        made["clip"]["inputs"] |= {"qwen_name": qwen, "dtype": dtype}
+        return saved(made)["features0"]
+
+    exact = features(tiny.QWEN, "fp32")
+    for qwen, dtype, limit in (("qwen_fp8", "fp32", 0.1), ("qwen_gguf", "fp32", 0.05), ("qwen_gguf", "auto", 0.1),
+                               (tiny.QWEN, "nf4", 0.3)):  # fmt: skip
+        assert 1e-5 < error(features(qwen, dtype), exact) < limit, (qwen, dtype)
 
 
 def test_gguf_is_listed_where_it_can_be_loaded(server, packed):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core.packed import layers
+from comfyui_kandinsky5.kandinsky_core.packed.formats import FORMATS
 from comfyui_kandinsky5.kandinsky_core.packed.layers import (
-    FORMATS,
     PackedEmbedding,
     PackedLinear,
     Packing,

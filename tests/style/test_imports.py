@@ -25,7 +25,8 @@ ROOMS = {
     "sparse": set(),
     "model": set(),
     "vae": set(),
-    "text": {"io", "memory"},  # the towers read their files through io's checkpoint reader, and may be streamed
+    # The towers read their files through io's checkpoint reader, may be streamed, and may be packed while being read.
+    "text": {"io", "memory", "packed"},
     "sampling": {"model", "memory"},
     "io": {"model", "vae", "packed"},
     "packed": set(),  # knows bytes and layers, neither files nor models

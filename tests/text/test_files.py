@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import CheckpointError, TextError
@@ -195,6 +197,92 @@ def test_quantisation_metadata_names_the_format(folders, tmp_path, comfy_qwen):
     save_file({name: value.clone() for name, value in comfy_qwen.items()}, file, {"_quantization_metadata": content})
     with pytest.raises(CheckpointError, match="nvfp4"):
         load_text_encoder(file, folders[1], tokenizer_path=folders[0])
+
+
+LLAMA_CPP = {  # what llama.cpp's converter calls the pieces
+    "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_gguf(path, tensors, kind):
+    """A Qwen text tower as llama.cpp's tools write it; returns the numbers that are in it, by the usual names."""
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    writer.add_string("general.name", "Qwen2.5 VL 7B")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    values = {}
+    for name, tensor in tensors.items():
+        if "visual" in name:
+            continue
+        owner, _, leaf = name.removeprefix("model.").rpartition(".")
+        layer = re.match(r"layers\.(\d+)\.(.+)", owner)
+        there = f"blk.{layer[1]}.{LLAMA_CPP[layer[2]]}" if layer else LLAMA_CPP.get(owner, "output")
+        wanted = kind if tensor.ndim == 2 and there != "output" else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(tensor.numpy(), wanted)
+        writer.add_tensor(f"{there}.{leaf}", data, raw_dtype=wanted)
+        values[name] = torch.from_numpy(gguf.quants.dequantize(data, wanted)).view(tensor.shape).clone()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_text_tower_of_llama_cpp_computes_with_what_it_holds(
+    folders, tmp_path, load_single, comfy_qwen, comfy_clip, kind
+):
+    file = tmp_path / "qwen.gguf"
+    values = write_gguf(file, comfy_qwen, gguf.GGMLQuantizationType[kind])
+    encoder = load_text_encoder(file, folders[1], tokenizer_path=folders[0], dtype=torch.float32)
+    assert encoder.qwen.embed_tokens.packing.format == encoder.qwen.layers[0].mlp.up_proj.packing.format == kind
+    plain = load_single(comfy_qwen | values, comfy_clip, dtype=torch.float32)
+    left, right = (each.encode(PROMPT, "video").features_LD for each in (encoder, plain))
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+    assert load_text_encoder(file, folders[1], tokenizer_path=folders[0]).encode(
+        PROMPT, "video"
+    ).features_LD.dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"qwen\.gguf has no vision tower"):
+        encoder.encode(PROMPT, "image_edit", images=[IMAGE])
+
+
+@pytest.mark.parametrize("stored", ["plain", "fp8"])
+def test_nf4_packs_the_layers_and_stays_near(load_single, comfy_qwen, comfy_clip, stored):
+    tensors, numbers = (comfy_qwen, comfy_qwen) if stored == "plain" else fp8(comfy_qwen, "new")
+    exact = load_single(comfy_qwen, comfy_clip, dtype=torch.float32)
+    encoder = load_single(tensors, comfy_clip, dtype=torch.float32, nf4=True)
+    kinds = {name: layer.packing.format for name, layer in encoder.qwen.named_modules() if hasattr(layer, "packing")}
+    assert len(kinds) == 7 * len(encoder.qwen.layers) and set(kinds.values()) == {"NF4"}
+    weight = encoder.qwen.layers[0].mlp.up_proj.weight
+    assert weight.nbytes == exact.qwen.layers[0].mlp.up_proj.weight.numel() * 34 / 64
+    values = {
+        f"model.{name}.weight": unpack(layer.weight, None, layer.packing, torch.float32)
+        for name, layer in encoder.qwen.named_modules() if name in kinds
+    }  # fmt: skip
+    for name, value in values.items():
+        assert 0.05 < (value - comfy_qwen[name]).norm() / comfy_qwen[name].norm() < 0.15
+    same(encoder, load_single(numbers | values, comfy_clip, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4", "gguf"])
+def test_packed_layers_may_travel(folders, tmp_path, load_single, comfy_qwen, comfy_clip, kind):
+    options = {"dtype": torch.float32, "nf4": kind == "nf4"}
+    if kind == "gguf":
+        file = tmp_path / "qwen.gguf"
+        write_gguf(file, comfy_qwen, gguf.GGMLQuantizationType.Q8_0)
+
+        def load(**more):
+            return load_text_encoder(file, folders[1], tokenizer_path=folders[0], **options, **more)
+    else:
+        stored = fp8(comfy_qwen, "new")[0] if kind == "fp8" else comfy_qwen
+
+        def load(**more):
+            return load_single(stored, comfy_clip, **options, **more)
+
+    left, right = (load(**more).encode(PROMPT, "video") for more in ({}, {"streamed": True}))
+    assert torch.equal(left.features_LD, right.features_LD) and torch.equal(left.pooled_P, right.pooled_P)
 
 
 WRONG = {
