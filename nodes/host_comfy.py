@@ -54,10 +54,8 @@ class ComfyHost(Host):
     def filenames(self, folder: str) -> list[str]:
         """Return weights files under the folder key, from every configured place."""
         inside = set(self.folders(folder))
-        names = [name for name in _listed(folder) if name.lower().endswith(WEIGHTS_SUFFIXES)]
-        if folder in GGUF_FOLDERS:
-            names += _listed_gguf(folder)
-        return [name for name in names if _parent(name) not in inside]
+        suffixes = (*WEIGHTS_SUFFIXES, GGUF_SUFFIX)
+        return [name for name in _listed(folder) if name.lower().endswith(suffixes) and _parent(name) not in inside]
 
     def folders(self, folder: str) -> list[str]:
         """Return folders that hold one model: weights and the config.json that describes them."""
@@ -278,15 +276,16 @@ def _sampling_patch(model: Any) -> Any:
 
 
 def _listed(folder: str) -> list[str]:
-    """Return what core lists under a folder key, '/' separated on every system."""
-    return [Path(name).as_posix() for name in folder_paths.get_filename_list(folder)]
+    """Return what core lists under a folder key, '/' separated on every system, and GGUF files where we read them.
 
-
-def _listed_gguf(folder: str) -> list[str]:
-    """Return the GGUF files under a folder key: core's own keys leave them out, so they have a key of ours."""
-    key = f"kandinsky5_gguf_{folder}"
-    folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), {GGUF_SUFFIX})
-    return _listed(key)
+    Core's own keys leave GGUF out, so such files have a key of ours.
+    """
+    names = folder_paths.get_filename_list(folder)
+    if folder in GGUF_FOLDERS:
+        key = f"kandinsky5_gguf_{folder}"
+        folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), {GGUF_SUFFIX})
+        names = names + folder_paths.get_filename_list(key)
+    return [Path(name).as_posix() for name in names]
 
 
 def _parent(name: str) -> str:
