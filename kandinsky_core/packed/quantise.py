@@ -71,7 +71,8 @@ def pack_blocks(values: Tensor, name: str) -> Tensor:
 
 def fp8_scale(values: Tensor) -> Tensor:
     """Return the float32 number that brings the largest of float32 `values` to the end of float8_e4m3fn."""
-    return (values.abs().amax() / FP8_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
+    least, most = torch.aminmax(values)  # without a copy as large as the weight
+    return (torch.maximum(-least, most) / FP8_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def to_fp8(values: Tensor, scale: Tensor) -> Tensor:

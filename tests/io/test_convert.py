@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -197,6 +198,8 @@ def watch(*_):
 convert(folder / "big.safetensors", folder / {target(tmp_path, to).name!r}, {to!r}, on_tensor=watch)
 print(most, (folder / "big.safetensors").stat().st_size)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    # The C library gives freed memory back at once, not when it sees fit.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     grown, size = map(int, done.stdout.split())
-    assert size > 140_000_000 and grown < 0.5 * size, (grown, size)
+    assert size > 140_000_000 and grown < 0.3 * size, (grown, size)
