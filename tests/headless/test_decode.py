@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -34,7 +35,16 @@ def known(vae, host, monkeypatch):
     network = host.workplace(vae).network
     plan = DecodePlan(mode=STREAM, latent_thw=tuple(LATENT.shape[2:]))
     statistics = decoding.sampled_statistics(network, LATENT, plan)
-    monkeypatch.setattr(decoding, "sampled_statistics", lambda *_, **__: statistics)
+
+    class Known(decoding.Sampling):
+        def __init__(self, *_):
+            super().__init__(0, None)
+            self.source = SimpleNamespace(statistics=statistics)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(decoding, "Sampling", Known)
     return decode_images(vae, LATENT, Wanted())[0]
 
 
