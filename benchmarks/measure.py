@@ -17,13 +17,14 @@ log = logging.getLogger("kandinsky5.benchmark")
 Run = Callable[[], Any]
 
 
-def cpu_seconds(runs: Mapping[str, Run], repeats: int = 3) -> dict[str, float]:
+def cpu_seconds(runs: Mapping[str, Run], repeats: int = 3, *, warm_up: bool = True) -> dict[str, float]:
     """Return the least processor seconds of each run; the runs take turns, so a busy machine hurts all alike.
 
-    Each turn repeats a run until 20 ms have passed, so that tiny sizes are measured above the clock's grain.
+    Each turn repeats a run until 20 ms have passed, so that tiny sizes are measured above the clock's grain. Runs that
+    take many seconds and were run before need no warm-up.
     """
     best = dict.fromkeys(runs, float("inf"))
-    for run in runs.values():
+    for run in runs.values() if warm_up else ():
         run()
     for _ in range(repeats):
         for name, run in runs.items():
