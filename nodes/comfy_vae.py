@@ -5,6 +5,7 @@ Legend: B batch, C channels, T frames, H rows, W columns (of pixels or latents).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from ..kandinsky_core.io import load_vae
 from ..kandinsky_core.shapes import VAE_SPATIAL, VAE_TEMPORAL, latent_frames, pixel_frames
 from ..kandinsky_core.vae.flux import FluxVAE
+from ..kandinsky_core.vae.footprint import Network, decoder_network, encoder_network, module_bytes
 from ..kandinsky_core.vae.hunyuan import HunyuanVideoVAE
+from ..kandinsky_core.vae.plan import needed_bytes
 from ..kandinsky_core.vae.tiling import WINDOW
 from ..kandinsky_core.variants import VAESpec
 from .comfy_core_vae import network_of
@@ -31,12 +34,6 @@ from .host import VAEFacts, Workplace
 LATENT_CHANNELS = 16  # of both autoencoders
 ALL_BYTES = 1e30  # asked of core's `free_memory`: all there is
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-# Peak live bytes per pixel of the frame for each byte of dtype, measured with the published widths, a tenth added:
-# a constant part and one per frame of a 17-frame window (video), or one number (image).
-DECODE_BYTES, DECODE_FRAME_BYTES = 700, 1350
-ENCODE_BYTES, ENCODE_FRAME_BYTES = 500, 1020
-IMAGE_DECODE_BYTES, IMAGE_ENCODE_BYTES = 1100, 860
 
 
 def _bar() -> Any:
@@ -102,14 +99,12 @@ class K5VAE(comfy.sd.VAE):
                 VAE_SPATIAL,
                 VAE_SPATIAL,
             )
-            self.memory_used_decode = _decode_bytes
-            self.memory_used_encode = _encode_bytes
         else:
             self.latent_dim = 2
             self.upscale_ratio = self.downscale_ratio = VAE_SPATIAL
             self.upscale_index_formula = self.downscale_index_formula = None
-            self.memory_used_decode = _image_decode_bytes
-            self.memory_used_encode = _image_encode_bytes
+        self.memory_used_decode = partial(_pass_bytes, spec, decoder_network(spec), 1)
+        self.memory_used_encode = partial(_pass_bytes, spec, encoder_network(spec), VAE_SPATIAL)
         comfy.model_management.archive_model_dtypes(model)
         patcher = (
             comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -130,23 +125,12 @@ class K5VAE(comfy.sd.VAE):
         return samples.unsqueeze(2) if self.latent_dim == 3 and samples.ndim == 4 else samples
 
 
-def _decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    frames = pixel_frames(min(shape[2], WINDOW))
-    area = shape[3] * shape[4] * VAE_SPATIAL**2
-    return shape[0] * area * (DECODE_BYTES + DECODE_FRAME_BYTES * frames) * dtype.itemsize
-
-
-def _encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    frames = min(shape[2], pixel_frames(WINDOW))
-    return shape[0] * shape[3] * shape[4] * (ENCODE_BYTES + ENCODE_FRAME_BYTES * frames) * dtype.itemsize
-
-
-def _image_decode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    return shape[2] * shape[3] * VAE_SPATIAL**2 * IMAGE_DECODE_BYTES * dtype.itemsize
-
-
-def _image_encode_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    return shape[2] * shape[3] * IMAGE_ENCODE_BYTES * dtype.itemsize
+def _pass_bytes(spec: VAESpec, network: Network, cell: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the memory for one pass over latents (`cell` 1) or pixels (`cell` 8) [B,C,(T,)H,W]: a window at most."""
+    frames, rows, columns = (1, *shape[2:])[-3:]
+    latents = min(frames if cell == 1 else latent_frames(frames), WINDOW)
+    live = module_bytes(spec, network, dtype.itemsize, latents, max(1, rows // cell), max(1, columns // cell))
+    return needed_bytes(shape[0] * live)
 
 
 def load(path: str, dtype: str, disable_dynamic: bool = False) -> K5VAE:
