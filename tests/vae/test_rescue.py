@@ -116,8 +116,10 @@ def test_memory_that_holds_only_a_smaller_plan_is_found(monkeypatch, vae, clip, 
         pytest.skip("the ladder is shorter")
     room_bytes = ladder[rung].peak_bytes if rung >= 0 else 0  # -1: no plan at all
 
-    run = Rescued(monkeypatch, vae, z, ladder[0], lambda call, now: now.peak_bytes > room_bytes and call > 40, statistics)
-    run.finish()
+    def full(call, now):
+        return call > 40 and now.peak_bytes > room_bytes
+
+    run = Rescued(monkeypatch, vae, z, ladder[0], full, statistics).finish()
     assert error(run.out, whole) < EXACT
     assert run.moved == (rung < 0)
     assert run.failures == (ladder if rung < 0 else ladder[:rung])
