@@ -9,10 +9,12 @@ import pytest
 import torch
 from comfyui_kandinsky5.headless.cli import main, node_types
 from comfyui_kandinsky5.headless.generate import Wish, build
+from comfyui_kandinsky5.headless.graph import Call
 from comfyui_kandinsky5.headless.run import run
 from comfyui_kandinsky5.kandinsky_core import nano
 from comfyui_kandinsky5.kandinsky_core.io import load_crossdit, open_checkpoint
 from comfyui_kandinsky5.kandinsky_core.io.convert import PACKED, convert
+from comfyui_kandinsky5.kandinsky_core.io.media import read_image
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.host import SampleRequest
@@ -56,25 +58,22 @@ def by_the_package(path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """Decoded frames `[T,H,W,3]` of the graph that `kandinsky5 generate` makes: `clip(model, dtype)`."""
-    frames = []
-
-    class Watched(StandaloneHost):
-        def vae_decode(self, vae, samples, **options):
-            frames.append(super().vae_decode(vae, samples, **options))
-            return frames[-1]
-
+    """Frames `[T,H,W,3]` of the graph that `kandinsky5 generate` makes, saved as pictures: `clip(model, dtype)`."""
     folder = tmp_path_factory.mktemp("clips")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "_current", [])
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        host = Watched(models=folder, output=folder, device="cpu")
+        host = StandaloneHost(models=folder, output=folder, device="cpu")
         door.install(host)
 
         def make(model, dtype="bf16"):
-            wish = Wish(prompt=PROMPT, model=str(model), dtype=dtype, steps=8)
-            run(build(wish, host), node_types(), host)
-            return frames.pop()
+            graph = build(Wish(prompt=PROMPT, model=str(model), dtype=dtype, steps=8), host)
+            video = next(call for call in graph.values() if call.type == "CreateVideo")
+            made = {name: call for name, call in graph.items() if call.type not in ("CreateVideo", "SaveVideo")}
+            frames = {"images": video.inputs["images"], "filename_prefix": "frame"}
+            made["frames"] = Call(id="frames", type="SaveImage", title="frames", inputs=frames)
+            files = run(made, node_types(), host).files
+            return torch.cat([read_image(entry["path"]).pixels_1HW3 for entry in files if entry["node"] == "frames"])
 
         yield make
 
