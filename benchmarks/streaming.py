@@ -49,17 +49,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kandinsky_core.io import load_crossdit, open_checkpoint, spec_metadata  # noqa: E402
+from kandinsky_core.io import load_crossdit, open_checkpoint, save_checkpoint, spec_metadata  # noqa: E402
 from kandinsky_core.memory.plan import Plan  # noqa: E402
-from kandinsky_core.memory.stream import BlockStream  # noqa: E402
 from kandinsky_core.model import CrossDiT  # noqa: E402
 from kandinsky_core.sampling.streaming import stream_transformer  # noqa: E402
 from kandinsky_core.text.qwen import load_text_tower  # noqa: E402
 from kandinsky_core.text.streaming import stream_qwen  # noqa: E402
-from kandinsky_core.variants import VARIANTS  # noqa: E402
+from kandinsky_core.variants import VARIANTS, CrossDiTSpec  # noqa: E402
 
 ROW = VARIANTS["lite_t2v_5s_sft"]
-LATENT = (5, 64, 96)  # of 512 x 768 x 17 frames
+LATENT = (5, 64, 96)  # frames, rows, columns: of 512 x 768 x 17 frames
 TEXT_TOK = 256
 PROMPT_TOK = 200  # the video template's 129 and a prompt of 71
 LITE_LIMIT, TEXT_LIMIT = 1_500_000_000, 3_000_000_000
@@ -133,14 +132,14 @@ def qwen_shapes() -> Shapes:
     return {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
 
 
-def lite_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def lite_inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return random arguments of a forward, the same in every process."""
     generator = torch.Generator().manual_seed(1)
     spec = ROW.spec
-    latent = torch.randn(1, *LATENT, spec.visual_embed_dim, generator=generator).bfloat16()
+    latent = torch.randn(1, *options.latent, spec.visual_embed_dim, generator=generator).bfloat16()
     text = torch.randn(1, TEXT_TOK, spec.in_text_dim, generator=generator).bfloat16()
     pooled = torch.randn(1, spec.in_text_dim2, generator=generator).bfloat16()
-    return latent.to(device), text.to(device), pooled.to(device), torch.tensor([500.0], device=device)
+    return (*(x.to(options.device) for x in (latent, text, pooled)), torch.tensor([500.0], device=options.device))
 
 
 def lite_run(path: Path, options: argparse.Namespace) -> dict[str, object]:
@@ -148,7 +147,7 @@ def lite_run(path: Path, options: argparse.Namespace) -> dict[str, object]:
     ops = WIDE if options.wide else nn
     with peak_memory(options.device) as peak, torch.no_grad():
         model = load_crossdit(path, ops=ops, check_finite=False).model.eval()
-        given = lite_inputs(options.device)
+        given = lite_inputs(options)
         record: dict[str, object] = {}
         if options.way == "streamed":
             stream = stream_transformer(model, ALL_STREAMED, options.device, pinned_bytes=options.pinned_bytes)
@@ -216,6 +215,7 @@ def in_fresh_process(way: str, path: Path, options: argparse.Namespace) -> dict[
     """Return a run's record from a new interpreter."""
     command = [sys.executable, __file__, options.what, "--way", way, "--file", str(path)]
     command += ["--device", str(options.device), "--pinned-bytes", str(options.pinned_bytes)]
+    command += ["--latent", *map(str, options.latent)]
     command += ["--wide"] if options.wide else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -231,7 +231,7 @@ def full_size(options: argparse.Namespace) -> None:
         write_file(path, lite_shapes() if is_lite else qwen_shapes(), spec_metadata(ROW) if is_lite else {})
         common = {"what": options.what, "file_bytes": path.stat().st_size}
         common["linear"] = "float32" if options.wide else "bf16"
-        common |= {"tokens": math.prod(LATENT) // 4} if is_lite else {"tokens": PROMPT_TOK}
+        common |= {"tokens": math.prod(options.latent) // 4} if is_lite else {"tokens": PROMPT_TOK}
         streamed = in_fresh_process("streamed", path, options)
         limit = LITE_LIMIT if is_lite else TEXT_LIMIT
         emit(common | {"way": "streamed"} | streamed | {"within_limit": streamed["peak_bytes"] <= limit}, options.out)
@@ -250,8 +250,7 @@ def overhead(options: argparse.Namespace) -> None:
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for grid in ((1, 16, 16), (3, 32, 32)):
             given = tuple(x.to(device) for x in inputs(spec, grid, TEXT_TOK, dtype))
-            ours = {way: random_model(spec, dtype) for way in ("resident", "streamed")}
-            ours["resident"].to(device)
+            ours = {"resident": random_model(spec, dtype).to(device), "streamed": mapped(spec, dtype, options.folder)}
             stream = stream_transformer(ours["streamed"], ALL_STREAMED, device, pinned_bytes=options.pinned_bytes)
             theirs = {way: diffusers_model(random_model(spec, dtype)) for way in ("diffusers", "diffusers_offload")}
             theirs["diffusers"].to(device)
@@ -261,24 +260,41 @@ def overhead(options: argparse.Namespace) -> None:
             )  # fmt: skip
             forwards = {way: partial(model, *given, rope_scale=ROPE_SCALE) for way, model in ours.items()}
             forwards |= {way: diffusers_forward(peer, given, grid) for way, peer in theirs.items()}
-            emit(compare(forwards, stream, options) | {"dtype": str(dtype), "tokens": math.prod(grid)}, options.out)
+            weights = sum(parameter.nbytes for parameter in ours["resident"].parameters())
+            held = dict.fromkeys(forwards, weights) | {"streamed": stream.ring_bytes + weights - stream.pass_bytes}
+            if device.type != "cpu":
+                held["diffusers_offload"] = 0  # all it brings to the device is allocated during the run
+            record = compare(forwards, held, options) | {"pass_bytes": stream.pass_bytes}
+            emit(record | {"dtype": str(dtype), "tokens": math.prod(grid)}, options.out)
             stream.close()
 
 
-def compare(forwards: dict[str, Forward], stream: BlockStream, options: argparse.Namespace) -> dict[str, object]:
-    """Return seconds and peak bytes of every way, the ratios the targets speak of, and whether streaming is exact."""
+def mapped(spec: CrossDiTSpec, dtype: torch.dtype, folder: Path | None) -> CrossDiT:
+    """Return the random model from a file: its weights are in no other memory."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path = Path(place) / "random.safetensors"
+        save_checkpoint(path, random_model(spec, dtype).state_dict(), spec_metadata(replace(ROW, spec=spec)))
+        return load_crossdit(path, check_finite=False).model.eval()
+
+
+def compare(
+    forwards: dict[str, Forward], held: Mapping[str, int], options: argparse.Namespace
+) -> dict[str, object]:
+    """Return seconds and bytes of every way, the ratios the targets speak of, and whether streaming is exact.
+
+    Bytes are the weights a way holds on the device between runs (`held`) and the peak of a run beyond them. On a
+    processor diffusers' offload holds all weights, since they have nowhere else to go; ours are mapped from the file.
+    """
     outputs = {way: forward() for way, forward in forwards.items()}
     seconds = device_seconds(forwards, options.device, options.repeats)
     peak = {way: peak_bytes(forward, options.device) for way, forward in forwards.items()}
-    record: dict[str, object] = {"what": "overhead", "visual_blocks": options.blocks, "pass_bytes": stream.pass_bytes}
-    record |= {"ring_bytes": stream.ring_bytes}
+    record: dict[str, object] = {"what": "overhead", "visual_blocks": options.blocks}
     for way in forwards:
-        record |= {f"{way}_s": float(f"{seconds[way]:.4g}"), f"{way}_peak_bytes": peak[way]}
+        record |= {f"{way}_s": float(f"{seconds[way]:.4g}"), f"{way}_bytes": held[way] + peak[way]}
     record["streamed_vs_resident_time"] = round(seconds["streamed"] / seconds["resident"], 3)
     record["streamed_vs_diffusers_offload_time"] = round(seconds["streamed"] / seconds["diffusers_offload"], 3)
-    # The ring was there before the run; what diffusers loads is part of its run.
-    needed = peak["streamed"] + stream.ring_bytes
-    record["streamed_vs_diffusers_offload_bytes"] = round(needed / peak["diffusers_offload"], 3)
+    for other in ("resident", "diffusers_offload"):
+        record[f"streamed_vs_{other}_bytes"] = round(record["streamed_bytes"] / record[f"{other}_bytes"], 3)
     record["bit_equal"] = torch.equal(outputs["streamed"], outputs["resident"])
     return record
 
@@ -292,6 +308,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--pinned-bytes", type=int, default=0, help="limit of page-locked copies on the host")
     parser.add_argument("--wide", action="store_true", help="multiply 16-bit matrices in float32")
+    parser.add_argument("--latent", nargs=3, type=int, default=LATENT, help="frames, rows and columns in 'lite'")
     parser.add_argument("--blocks", type=int, default=4, help="visual blocks in 'overhead'")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)

@@ -24,11 +24,11 @@ spec = replace(
     streaming.ROW.spec, model_dim=512, ff_dim=2048, time_dim=128, num_visual_blocks=24, in_text_dim=256, in_text_dim2=64
 )
 streaming.ROW = replace(streaming.ROW, spec=spec)
-streaming.LATENT, streaming.TEXT_TOK = (1, 8, 8), 16
+streaming.TEXT_TOK = 16
 path = Path(sys.argv[1])
 if not path.exists():
     streaming.write_file(path, streaming.lite_shapes(), streaming.spec_metadata(streaming.ROW))
-options = argparse.Namespace(wide=False, device=torch.device("cpu"), way=sys.argv[2], pinned_bytes=0)
+options = argparse.Namespace(wide=False, device=torch.device("cpu"), way=sys.argv[2], pinned_bytes=0, latent=(1, 8, 8))
 sys.stdout.write(json.dumps(streaming.lite_run(path, options)))
 """
 
