@@ -153,7 +153,11 @@ class HostedCrossDiT(CrossDiT):
         if not any(
             ("double_block", index) in patches for index in range(len(self.visual_transformer_blocks))
         ):
-            return super().run_blocks(x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate)
+            tokens = [x_BND]
+            del x_BND  # a name here would keep the first block's input alive while all blocks run
+            return super().run_blocks(
+                tokens.pop(), text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate
+            )
         total = len(self.visual_transformer_blocks)
         for index, block in enumerate(self.visual_transformer_blocks):
             on_block(index, total)

@@ -164,8 +164,8 @@ class Forward:
 
     def _block_phase(self) -> int:
         visual = self.visual
-        # A caller's name for the first block's input lives as long as all blocks run.
-        held = self.stream * min(2, self.spec.num_visual_blocks)
+        # A block's caller has a name for its input. Python 3.10 keeps the first one's all along, which is not counted.
+        held = self.stream
         later = self.stream + max(self._cross_attention(), self._feed_forward(visual))
         return self._carried + held + max(self._self_attention(visual), later)
 

@@ -158,8 +158,10 @@ class CrossDiT(nn.Module):
         x_BND = self.visual_embeddings(x_BTHWC).flatten(1, 3).to(dtype=self.regime.stream_dtype)
         if order_N is not None:
             x_BND, rope_NP2 = x_BND.index_select(1, order_N), rope_NP2.index_select(0, order_N)
+        tokens = [x_BND]
+        del x_BND  # a name here would keep the first block's input alive while all blocks run
         x_BND = self.run_blocks(
-            x_BND, text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate
+            tokens.pop(), text_BLD, time_BE, rope_NP2, attend, attend_text, on_block, modulate
         )
         if order_N is not None:
             x_BND = x_BND.index_select(1, order_N.argsort())

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_kandinsky5.kandinsky_core import nano
 from comfyui_kandinsky5.kandinsky_core.memory.activation import Forward
 from comfyui_kandinsky5.kandinsky_core.memory.estimate import (
     DECODE,
@@ -23,11 +24,14 @@ from comfyui_kandinsky5.kandinsky_core.memory.estimate import (
 )
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.memory.sparsity import sparse_bytes
+from comfyui_kandinsky5.kandinsky_core.memory.text_tower import encode_bytes
 from comfyui_kandinsky5.kandinsky_core.memory.tracker import Tracker
 from comfyui_kandinsky5.kandinsky_core.model import CrossDiT, Regime, dense
 from comfyui_kandinsky5.kandinsky_core.sampling import TextCondition, guide, sample, timesteps, velocity_of
 from comfyui_kandinsky5.kandinsky_core.shapes import VideoShape
 from comfyui_kandinsky5.kandinsky_core.sparse.nabla import Nabla, NablaSettings, options
+from comfyui_kandinsky5.kandinsky_core.text import load_text_encoder
+from comfyui_kandinsky5.kandinsky_core.text.templates import get_template
 from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding
 from comfyui_kandinsky5.kandinsky_core.vae.flux import FluxVAE
 from comfyui_kandinsky5.kandinsky_core.vae.hunyuan import HunyuanVideoVAE
@@ -102,6 +106,18 @@ def test_nano_samples_in_the_estimated_memory(size, precision):
     job = Job(row=VARIANTS["nano_video"], shape=shape(*size), precision=precision, text_tok=40, is_cpu=True)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     assert sample_stage(job, ROOMY).work_bytes == pytest.approx(sampled_bytes(job, "cpu", dtype), rel=WITHIN)
+
+
+@pytest.mark.parametrize("prompt", ["A red circle.", "A red circle moves right. " * 12])
+def test_nano_encodes_a_prompt_in_the_estimated_memory(prompt):
+    """Both towers as they run, template and all."""
+    found = nano.files()
+    encoder = load_text_encoder(found["text_encoder"], found["clip"], dtype=torch.float32, device="cpu")
+    positions = len(encoder.qwen_tokenizer.tokenize(prompt, get_template("video"), 256, []).ids)
+    with Tracker() as tracker:
+        encoder.encode(prompt, "video")
+    wanted = encode_bytes(VARIANTS["nano_video"].text, positions, itemsize=4)
+    assert wanted == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 
 @pytest.mark.parametrize("tokens", [40, 256, 895])
