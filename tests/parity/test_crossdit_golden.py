@@ -19,6 +19,8 @@ SPEC = CrossDiTSpec(
 )  # fmt: skip
 CASES = ("T1_s111_mask", "T1_s122_nomask", "T5_s111_nomask", "T5_s122_mask", "T5_s1316_mask")
 TOLERANCE = 1e-5
+# Exponentials of processors differ in the last bit of a frequency, and a position multiplies it.
+LAST_BIT = 2**-23
 BFLOAT16_YARDSTICK = 1e-2
 CAUGHT = 100 * TOLERANCE  # a planted mistake must be at least this wrong
 
@@ -134,13 +136,13 @@ def test_visual_rope_table(golden, axes, scale):
     name = name.replace("s1316316", "s1316")
     for part, got in zip(("cos", "sin"), table.unbind(-1), strict=True):
         expected = golden("misc")[f"{name}.{part}"]
-        assert (got.flatten() - expected.flatten()).abs().max() <= 1e-6
+        assert (got.flatten() - expected.flatten()).abs().max() <= 87 * LAST_BIT
 
 
 def test_text_rope_table_and_frequencies(golden):
     table = rope.rope_1d(1024, 64)[[0, 1, 255, 511, 1023]]
     for part, got in zip(("cos", "sin"), table.unbind(-1), strict=True):
-        assert (got.flatten() - golden("misc")[f"rope1d.64.{part}"].flatten()).abs().max() <= 1e-6
+        assert (got.flatten() - golden("misc")[f"rope1d.64.{part}"].flatten()).abs().max() <= 1023 * LAST_BIT
     assert torch.allclose(rope.frequencies(32), golden("misc")["time_freqs.64"], rtol=1e-6, atol=0)
 
 
