@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -111,9 +112,22 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with this pack, the tiny models and the test nodes."""
+    with serving(tmp_path_factory.mktemp("comfy")) as running:
+        yield running
+
+
+@pytest.fixture
+def serving_another(tmp_path: Path) -> Iterator[Server]:
+    """A server that a test may kill."""
+    with serving(tmp_path) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(base: Path) -> Iterator[Server]:
+    """A server of its own in the empty folder `base`."""
     comfy = Path(os.environ["COMFYUI_DIR"]).expanduser()
     python = os.environ.get("COMFYUI_PYTHON") or comfy.parent / "venv" / "bin" / "python"
-    base = tmp_path_factory.mktemp("comfy")
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir()
     (base / "custom_nodes" / FOLDER).symlink_to(PACK)

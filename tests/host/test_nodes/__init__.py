@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 from pathlib import Path
@@ -252,6 +253,23 @@ class K5TestOutOfMemory(io.ComfyNode):
         return io.NodeOutput(latent)
 
 
+class K5TestHeld(io.ComfyNode):
+    """Give the bytes of all tensors that Python can reach to the history, cached outputs of other nodes included."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5TestHeld", inputs=[io.Image.Input("image")], outputs=[], is_output_node=True, not_idempotent=True
+        )
+
+    @classmethod
+    def execute(cls, image: Any) -> io.NodeOutput:
+        gc.collect()
+        reached = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in reached}
+        return io.NodeOutput(ui={"bytes": [sum(stores.values())]})
+
+
 class K5TestLoaded(io.ComfyNode):
     """Give the classes of the models that core holds on its device to the history."""
 
@@ -275,7 +293,7 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             K5TestSave, K5TestWatch, K5TestSeen, K5TestModel, K5TestVAEs, K5TestCoreVAE, K5TestOutOfMemory,
-            K5TestLoaded,
+            K5TestHeld, K5TestLoaded,
         ]  # fmt: skip
 
 
