@@ -195,7 +195,7 @@ def test_nothing_of_a_failed_decode_stays_in_memory(vae, monkeypatch):
     with pytest.raises(RuntimeError):
         decode_images(vae, LATENT, Wanted())
     gc.collect()
-    left = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == (21, 48, 64, 3)]
+    left = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (21, 48, 64, 3)]
     assert not left
 
 

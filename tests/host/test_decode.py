@@ -102,6 +102,7 @@ def scarce(server):
             "decode": tiled(mode="late-tile", latent=["scarce", 0]),
             "save": save(image=["decode", 0]),
             "told": node("PreviewAny", source=["decode", 1]),
+            "loaded": node("K5TestLoaded", after=["decode", 0]),
         }
         return server.finish(server.start(graph))
 
@@ -116,6 +117,7 @@ def test_running_out_of_memory_walks_the_ladder(server, saved, scarce, attempts)
     entry = scarce(24, attempts)
     assert entry["status"]["status_str"] == "success", server.error(entry)
     assert entry["outputs"]["told"]["text"][0].count("Out of memory after") == attempts
+    assert entry["outputs"]["loaded"]["loaded"] == ["HostedVAE"]  # the transformer and the text encoder have left
     image = load_file(entry["outputs"]["save"]["path"][0])["image"]
     # Statistics are sampled in smaller pieces of the clip: those of random weights differ more than trained ones'.
     assert (image - calm).square().mean() < 1e-3
