@@ -15,7 +15,7 @@ diffusers' transformer with and without its group offload at block level (which 
 
 Memory on a processor is the most anonymous RAM (RssAnon, Linux) above what the imports left: pages mapped from the
 file are not in it, since the system can drop them at any time. The files (4.6 and 14.2 GB) are written tensor by
-tensor into a temporary folder. A processor without bf16 instructions multiplies bf16 matrices about eight times
+tensor into a temporary folder and deleted afterwards. A processor without bf16 instructions multiplies bf16 matrices about eight times
 slower than float32 ones; `--wide` (lite, text) then lets every Linear, resident or streamed, multiply the bf16 values
 in float32 and round once.
 """
@@ -50,6 +50,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kandinsky_core.io import load_crossdit, open_checkpoint, save_checkpoint, spec_metadata  # noqa: E402
+from kandinsky_core.memory.cargo import Cargo  # noqa: E402
 from kandinsky_core.memory.plan import Plan  # noqa: E402
 from kandinsky_core.model import CrossDiT  # noqa: E402
 from kandinsky_core.sampling.streaming import stream_transformer  # noqa: E402
@@ -153,8 +154,10 @@ def lite_run(path: Path, options: argparse.Namespace) -> dict[str, object]:
             stream = stream_transformer(model, ALL_STREAMED, options.device, pinned_bytes=options.pinned_bytes)
             record |= {"ring_bytes": stream.ring_bytes, "pass_bytes": stream.pass_bytes}
         else:
-            for holder in (*model.parameters(), *model.buffers()):
-                holder.data = holder.data.to(options.device, copy=True)
+            cargo = Cargo(model.modules(), in_line=options.device.type == "cpu")
+            whole = torch.empty(cargo.nbytes, dtype=torch.uint8, device=options.device)
+            cargo.write(whole)
+            cargo.bind(whole)
         out = timed(lambda: model(*given, rope_scale=ROW.rope_scale), record)
         if options.way == "streamed":
             record["moved_bytes"] = stream.moved_bytes
@@ -227,8 +230,9 @@ def full_size(options: argparse.Namespace) -> None:
     """Write the file, run it in fresh processes, delete it."""
     is_lite = options.what == "lite"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "random.safetensors"
-        write_file(path, lite_shapes() if is_lite else qwen_shapes(), spec_metadata(ROW) if is_lite else {})
+        path = options.file or Path(folder) / "random.safetensors"
+        if not path.exists():
+            write_file(path, lite_shapes() if is_lite else qwen_shapes(), spec_metadata(ROW) if is_lite else {})
         common = {"what": options.what, "file_bytes": path.stat().st_size}
         common["linear"] = "float32" if options.wide else "bf16"
         common |= {"tokens": math.prod(options.latent) // 4} if is_lite else {"tokens": PROMPT_TOK}
@@ -312,12 +316,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="visual blocks in 'overhead'")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)
-    for name in ("--way", "--file"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help="the random file, written if it does not exist, and kept")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.way:
-        sys.stdout.write(json.dumps(RUNS[options.what](Path(options.file), options)))
+        sys.stdout.write(json.dumps(RUNS[options.what](options.file, options)))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     emit({"machine": machine(options.device)}, options.out)

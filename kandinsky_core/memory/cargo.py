@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-ALIGN_BYTES = 256  # where a tensor may begin inside a flat piece: what device kernels like best
+ALIGN_BYTES = 256  # where a tensor begins inside a flat piece: what device kernels like best
+LINE_BYTES = 64  # of a processor's cache
 
 DtypeOf = Callable[[nn.Module, str, Tensor], torch.dtype]
 """(owner, name of its parameter, tensor as stored) -> dtype the owner computes with."""
@@ -53,9 +54,19 @@ class Entry:
 
 
 class Cargo:
-    """The tensors of one block: where they come from, and the form in which the block computes with them."""
+    """The tensors of one block: where they come from, and the form in which the block computes with them.
 
-    def __init__(self, modules: Iterator[nn.Module] | Collection[nn.Module], dtype_of: DtypeOf = as_stored) -> None:
+    `in_line` keeps each tensor's place within a cache line, if its dtype stays: files hold tensors at any address, and
+    a processor's product with a single vector rounds differently from one place in a line to another.
+    """
+
+    def __init__(
+        self,
+        modules: Iterator[nn.Module] | Collection[nn.Module],
+        dtype_of: DtypeOf = as_stored,
+        *,
+        in_line: bool = False,
+    ) -> None:
         self.entries: list[Entry] = []
         self.nbytes = 0
         seen = set()
@@ -65,9 +76,10 @@ class Cargo:
                     continue
                 seen.add(id(holder))
                 dtype = dtype_of(owner, name, holder) if name in owner._parameters else holder.dtype
-                entry = Entry(holder, holder.data, dtype, self.nbytes)
-                self.entries.append(entry)
-                self.nbytes += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+                place = holder.data_ptr() % LINE_BYTES if in_line and dtype == holder.dtype else 0
+                start = self.nbytes + (0 if place % dtype.itemsize else place)
+                self.entries.append(Entry(holder, holder.data, dtype, start))
+                self.nbytes = -(-(start + self.entries[-1].nbytes) // ALIGN_BYTES) * ALIGN_BYTES
 
     def write(self, flat: Tensor) -> None:
         """Copy every master into a flat piece of bytes, converted to the dtype it travels in."""

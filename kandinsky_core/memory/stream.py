@@ -61,7 +61,10 @@ class BlockStream:
         inside = {id(module) for block in blocks for module in block.modules()}
         kept = {id(module) for part in keep for module in part.modules()}
         self._outside = Cargo([m for m in model.modules() if id(m) not in inside | kept], dtype_of)
-        self._cargos = [Cargo([m for m in block.modules() if id(m) not in kept], dtype_of) for block in blocks]
+        in_line = device.type == "cpu"
+        self._cargos = [
+            Cargo([m for m in block.modules() if id(m) not in kept], dtype_of, in_line=in_line) for block in blocks
+        ]
         largest = max((cargo.nbytes for cargo in self._cargos), default=0)
         self.device = device
         self.moved_bytes = 0  # copied into the ring so far

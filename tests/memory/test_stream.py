@@ -183,6 +183,22 @@ def test_another_dtype_is_that_of_a_converted_model(x, dtype):
     assert [parameter.dtype for parameter in model.parameters()] == before
 
 
+@pytest.mark.parametrize("place", [0, 8, 16, 56])
+def test_tensors_keep_their_place_in_a_cache_line(x, place):
+    model = Model()
+    for parameter in model.parameters():
+        room = torch.empty(parameter.nbytes + 64, dtype=torch.uint8)[place:]
+        view = room[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = view.copy_(parameter)
+    wanted = model(x[:1])  # a product with one vector rounds by it
+    seen = []
+    with BlockStream(model, list(model.blocks), CPU):
+        for block in model.blocks:
+            block.wide.register_forward_hook(lambda layer, *_: seen.append(layer.weight.data_ptr() % 64))
+        assert torch.equal(model(x[:1]), wanted)
+    assert seen == [place] * 5
+
+
 class Packed(nn.Module):
     """A quantised layer: bytes, their scale and a table of integers."""
 
