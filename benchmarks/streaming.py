@@ -15,9 +15,9 @@ diffusers' transformer with and without its group offload at block level (which 
 
 Memory on a processor is the most anonymous RAM (RssAnon, Linux) above what the imports left: pages mapped from the
 file are not in it, since the system can drop them at any time. The files (4.6 and 14.2 GB) are written tensor by
-tensor into a temporary folder and deleted afterwards. A processor without bf16 instructions multiplies bf16 matrices about eight times
-slower than float32 ones; `--wide` (lite, text) then lets every Linear, resident or streamed, multiply the bf16 values
-in float32 and round once.
+tensor into a temporary folder and deleted afterwards. A processor without bf16 instructions multiplies bf16 matrices
+about eight times slower than float32 ones; `--wide` (lite, text) then lets every Linear, resident or streamed,
+multiply the bf16 values in float32 and round once.
 """
 
 from __future__ import annotations
