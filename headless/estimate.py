@@ -75,7 +75,7 @@ def job_of(question: Question, graph: Graph | None, *, is_cpu: bool) -> Job:
         kept=question.kept if attention == SPARSE else 1.0,
         guidance=question.guidance,
         steps=question.steps,
-        has_start=question.start_image,
+        has_start=question.start_image or row.needs_image,
         is_cpu=is_cpu,
     )
 

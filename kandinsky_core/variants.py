@@ -165,6 +165,11 @@ class Variant:
     repo: str = ""  # where the file is published
     tags: tuple[str, ...] = field(default=())  # sft, pretrain, nocfg, distilled, sd, hd, 5s, 10s
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether every run begins with a picture."""
+        return not {"t2v", "t2i"}.intersection(self.tasks)
+
     def rope_at(self, rows: int, columns: int) -> tuple[float, float, float]:
         """Divisors of the positions along time, height, width for a latent of `rows` x `columns` cells."""
         if self.rope_side_px is None:

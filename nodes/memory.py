@@ -105,14 +105,15 @@ class K5MemoryEstimate(io.ComfyNode):
         kept: float, cfg: float, steps: int, start_image: bool, budget: str, custom_gb: float, model: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Estimate."""
+        row = VARIANTS[variant] if model is None else _row(model)
         job = Job(
-            row=VARIANTS[variant] if model is None else _row(model),
+            row=row,
             shape=VideoShape(width_px=width, height_px=height, frames=length),
             batch=batch_size,
             precision=precision if model is None else host().weights_of(model),
             guidance=None if cfg < 0 else cfg,
             steps=steps or None,
-            has_start=start_image,
+            has_start=start_image or row.needs_image,
         )
         job = _on_this_device(_with_attention(job, model, attention, kept), budget)
         mode = host().memory_mode()
