@@ -1,4 +1,4 @@
-"""The command line: `kandinsky5 run | generate | decode | attention-error | convert | nodes | variants`.
+"""The command line: `kandinsky5 run | generate | decode | attention-error | estimate | convert | nodes | variants`.
 
 Exit codes: 0 done; 1 a node failed while running; 2 the command, the workflow or a value was refused and nothing ran;
 130 cancelled with Ctrl-C.

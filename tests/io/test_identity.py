@@ -285,6 +285,7 @@ FOREIGN = {
     "a tiny preview autoencoder": ["decoder.layers.3.conv.0.weight", "encoder.layers.0.weight"],
     "Qwen2.5-VL": ["visual.blocks.0.norm1.weight", "model.layers.0.self_attn.q_proj.bias", "lm_head.weight"],
     "a Qwen2.5 language model": ["model.layers.0.self_attn.q_proj.bias", "lm_head.weight"],
+    "a Qwen2.5 language model in llama.cpp's form": ["token_embd.weight", "blk.0.attn_q.bias"],
     "CLIP": ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"],
     "T5": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
     "a language model": ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],

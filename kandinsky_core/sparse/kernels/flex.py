@@ -36,7 +36,7 @@ def attend(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor, layout: BlockLayout) 
 @cache
 def multiplies_16_bit() -> bool:
     """Tell whether this processor has products of 16-bit numbers (AVX-512 BF16, AMX and the like)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def block_mask(layout: BlockLayout) -> Any:
