@@ -171,7 +171,7 @@ def test_core_encode_and_ours_agree(saved):
     first = saved(graph | {"save": save(latent=["ours", 0])})["latent"]
     second = saved(graph | {"save": save(latent=["core", 0])})["latent"]
     assert first.shape == (1, 16, 1, 6, 10)
-    assert_close(first, second)
+    assert_close(first, second, atol=1e-4, rtol=0)  # ours encodes in pieces: other sums, same values
 
 
 def test_batches_and_odd_sizes(saved):
