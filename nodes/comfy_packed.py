@@ -105,16 +105,25 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         self, key: str, device_to: Any = None, inplace_update: bool = False, return_weight: bool = False,
         force_cast: bool = False,
     ) -> Any:  # fmt: skip
-        """Have a packed weight's patches applied on every use; give it unpacked and patched to who asks for it."""
+        """Leave a packed weight as it is; give it unpacked and patched to who asks for it."""
         layer = self._packed(key)
         if layer is None or return_weight and key not in self.patches:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         if return_weight:
             weight = unpack(layer.weight, layer.weight_scale, layer.packing, torch.float32)
             return comfy.lora.calculate_weight(self.patches[key], weight.to(device_to or weight.device), key)
-        if key in self.patches:
-            layer.weight_function = [comfy.model_patcher.LowVramPatch(key, self.patches), *layer.weight_function]
-        return None
+        return None  # `_patch_packed` has the patches applied on use
+
+    def load(self, *args: Any, **options: Any) -> None:
+        """Load as core does, with the patches of packed layers wherever these are."""
+        super().load(*args, **options)
+        self._patch_packed()
+
+    def partially_unload(self, *args: Any, **options: Any) -> Any:
+        """Unload as core does; patches of packed layers stay."""
+        freed = super().partially_unload(*args, **options)
+        self._patch_packed()
+        return freed
 
     def get_key_patches(self, filter_prefix: str | None = None) -> Any:
         """Refuse to lend the weights to nodes that merge models, and to LoRA hooks, which write over them."""
@@ -133,6 +142,15 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
                 "'kandinsky5 convert', or load the bf16 file and save that."
             )
         return super().model_state_dict_for_saving(*args, **options)
+
+    def _patch_packed(self) -> None:
+        """Give packed layers their patches once: core drops them where a layer stays, and adds where one goes."""
+        patch = comfy.model_patcher.LowVramPatch
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, PackedWeight):
+                key = f"{name}.weight"
+                others = [function for function in layer.weight_function if not isinstance(function, patch)]
+                layer.weight_function = [patch(key, self.patches), *others] if key in self.patches else others
 
     def _packed(self, key: str) -> PackedWeight | None:
         """Return the layer whose packed weight `key` names."""

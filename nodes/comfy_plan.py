@@ -14,9 +14,11 @@ import comfy.model_management
 import comfy.patcher_extension
 import torch
 
+from ..kandinsky_core.memory.estimate import precision_of
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.model import Regime
 from .comfy_model import HostedCrossDiT
+from .comfy_packed import formats
 from .host import MemoryMode
 
 KEY = "kandinsky5_plan"
@@ -77,6 +79,8 @@ def measures(model: Any) -> bool:
 def weights_of(model: Any) -> str:
     """Return how the weights are held."""
     network = model.model.diffusion_model
+    if packed := formats(network):
+        return precision_of(packed)
     dtype = str(model.model.get_dtype()).removeprefix("torch.")
     if dtype in FLOAT8:
         return "fp8"

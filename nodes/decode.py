@@ -230,7 +230,7 @@ class _PeakMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory = torch.get_device_module(device)
+        self._memory = getattr(torch, device.type, None)
         self._counts = hasattr(self._memory, "max_memory_allocated")
         if self._counts:
             self._before = self._memory.memory_allocated(device)

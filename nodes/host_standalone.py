@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from torch import Tensor
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
 from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
 from ..kandinsky_core.io.mapped import mapping_dtype
-from ..kandinsky_core.io.quant import packed_formats
+from ..kandinsky_core.io.quant import FLOATS, packed_formats
+from ..kandinsky_core.memory.estimate import precision_of
 from ..kandinsky_core.memory.measurement import Measurement, free_bytes
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.ram import free_ram_bytes
 from ..kandinsky_core.memory.stream import BlockStream
 from ..kandinsky_core.model import CrossDiT, dense
+from ..kandinsky_core.packed.nf4 import NF4 as NF4_BLOCKS
 from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
 from ..kandinsky_core.sampling.flow import Velocity
 from ..kandinsky_core.sampling.streaming import (
@@ -321,7 +326,7 @@ class StandaloneHost(Host):
         """Whether layers of the text encoder travel: as its plan says, without one if they do not fit as a whole."""
         if clip.plan is not None:
             return clip.plan.streams_text
-        needed = open_checkpoint(clip.qwen, part="text_encoder").nbytes + TEXT_ROOM_BYTES
+        needed = _text_bytes(clip) + TEXT_ROOM_BYTES
         free = free_bytes(self.device)  # 0 where the device does not tell
         if needed <= free or not free:
             return False
@@ -349,6 +354,8 @@ class StandaloneHost(Host):
 
     def weights_of(self, model: ModelHandle) -> str:
         """Return the precision a handle is loaded in."""
+        if packed := packed_formats(open_checkpoint(model.path)):
+            return precision_of(packed)
         return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
 
     def with_plan(self, model: ModelHandle, plan: Plan, *, measures: bool = False) -> ModelHandle:
@@ -510,13 +517,15 @@ class StandaloneWorkplace(Workplace):
         """Nothing is there besides."""
 
     def free_bytes(self) -> int:
-        """Return what the device has left."""
-        return self._host.free_bytes()
+        """Return what the device has left beside the weights, which stay."""
+        memory = getattr(torch, self.device.type, None)
+        held = memory.memory_allocated(self.device) if hasattr(memory, "memory_allocated") else 0
+        return max(0, self._host.free_bytes() - held)
 
     def release(self) -> None:
         """Collect what is unreachable and return cached blocks."""
         gc.collect()
-        memory = torch.get_device_module(self.device)
+        memory = getattr(torch, self.device.type, None)  # not all devices have a module
         if hasattr(memory, "empty_cache"):
             memory.empty_cache()
 
@@ -545,8 +554,26 @@ def _device(name: str | None) -> torch.device:
 
 def _has_bf16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 by itself; what does not say so does."""
-    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return ask is None or ask(including_emulation=False)
+    module = getattr(torch, device.type, None)
+    ask = getattr(module, "is_bf16_supported", None)
+    if ask is None:
+        return True
+    with module.device(device) if hasattr(module, "device") else nullcontext():  # it asks the current one
+        tells_emulation = "including_emulation" in signature(ask).parameters  # not every back-end
+        return ask(including_emulation=False) if tells_emulation else ask()
+
+
+def _text_bytes(clip: TextHandle) -> int:
+    """Return what Qwen's weights take once they are loaded: packed ones as they are stored, the rest in `dtype`."""
+    total = 0.0
+    for name, info in open_checkpoint(clip.qwen, part="text_encoder").tensors.items():
+        if clip.nf4 and len(info.shape) == 2 and "embed" not in name:  # linear layers
+            total += math.prod(info.shape) * NF4_BLOCKS.nbytes / NF4_BLOCKS.elements
+        elif info.dtype in FLOATS:
+            total += math.prod(info.shape) * clip.dtype.itemsize
+        else:
+            total += info.nbytes
+    return int(total)
 
 
 def _version() -> str:

@@ -10,7 +10,7 @@ from ..kandinsky_core.memory.budget import GB, PROFILES, describe, make_plan
 from ..kandinsky_core.memory.estimate import PRECISIONS, Job, estimate, sample_stage
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.report import size, summary, table
-from ..kandinsky_core.shapes import VAE_SPATIAL, VideoShape, pixel_frames
+from ..kandinsky_core.shapes import PATCH, VAE_SPATIAL, VideoShape, pixel_frames
 from ..kandinsky_core.sparse.nabla import Nabla, policy
 from ..kandinsky_core.vae.plan import MODES, plan_decode
 from ..kandinsky_core.variants import VARIANTS, Variant
@@ -260,6 +260,8 @@ def memory_line(model: Any, row: Variant, latent: Latent, guidance: float, token
     measured = host().measured()
     if measured is None:
         return ""
+    if any(side % PATCH[1] for side in latent["samples"].shape[-2:]):  # the sampler takes them, the estimate does not
+        return f"memory: {size(measured.peak_bytes)} at the peak"
     shape, batch = shape_of(latent)
     job = Job(
         row=row, shape=shape, batch=batch, precision=host().weights_of(model), guidance=guidance, text_tok=tokens,

@@ -6,6 +6,7 @@ plans); nothing is fitted. Live tensors are counted, not what an allocator reser
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import cost
@@ -55,6 +56,15 @@ PRECISIONS = {
         Precision("q4_k", 144 / 256, 2),
     )
 }
+
+
+def precision_of(formats: Iterable[str]) -> str:
+    """Return which of `PRECISIONS` stands for a file's packed formats; what has none of its own counts as a larger."""
+    formats = list(formats)
+    if any(name.startswith("F8") for name in formats):
+        return "fp8"
+    four_bits = any(name.startswith(("Q4", "NF4")) for name in formats)
+    return "q4_k" if four_bits and "Q8_0" not in formats else "q8_0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

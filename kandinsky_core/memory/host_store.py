@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from .cargo import Cargo
+
+logger = logging.getLogger("kandinsky5")
 
 LARGEST_SLAB_BYTES = 1 << 32
 
@@ -24,7 +27,14 @@ class HostStore:
         while left and (size := slab_bytes(sum(cargo.nbytes for cargo in left), limit_bytes - self.nbytes)):
             if size < left[0].nbytes:
                 break
-            slab, start = allocate(size), 0
+            try:
+                slab, start = allocate(size), 0
+            except RuntimeError as error:
+                logger.warning(
+                    "No %.2f GB of page-locked memory (%s): %d blocks travel from where they were loaded, more slowly.",
+                    size / 1e9, str(error).partition("\n")[0], len(left),
+                )  # fmt: skip
+                break
             self.nbytes += size
             while left and start + left[0].nbytes <= size:
                 cargo = left.pop(0)

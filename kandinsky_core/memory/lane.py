@@ -100,7 +100,7 @@ class StreamLane(Lane):
 
 def has_streams(device: torch.device) -> bool:
     """Whether copies to a device can run beside its work."""
-    return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+    return device.type != "cpu" and hasattr(getattr(torch, device.type, None), "Stream")
 
 
 def page_locked(nbytes: int) -> Tensor:

@@ -53,5 +53,5 @@ def _statistics(device: torch.device) -> Any:
     """The module that counts a device's memory, None for a processor and for devices without such a count."""
     if device.type == "cpu":
         return None
-    module = torch.get_device_module(device)
+    module = getattr(torch, device.type, None)  # not all devices have one
     return module if hasattr(module, "max_memory_allocated") else None

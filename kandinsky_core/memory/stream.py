@@ -119,6 +119,9 @@ class BlockStream:
             cargo.restore()
         self._hooks, self._ring, self._held, self._cargos, self._bound = [], [], {}, [], None
         self._outside, self._store = Cargo(()), HostStore((), 0, page_locked)
+        self._lane = Lane()
+        if has_streams(self.device) and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # torch keeps page-locked memory for the next who wants some
 
     def _hook(self, index: int, block: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         def before(*_: object) -> None:

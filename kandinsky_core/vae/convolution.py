@@ -138,7 +138,7 @@ def _trial_piece(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def _try(form: Convolve, x: Tensor, weight: Tensor, bias: Tensor) -> Trial:
-    memory = torch.get_device_module(x.device)
+    memory = getattr(torch, x.device.type, None)
     counts = hasattr(memory, "max_memory_allocated")  # not every back-end tells its peak
     form(x, weight, bias, (1, 1, 1))  # libraries load and search for a kernel the first time
     before = 0

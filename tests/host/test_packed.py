@@ -137,6 +137,15 @@ def test_gguf_is_listed_where_it_can_be_loaded(server, packed):
         assert any(option.endswith(".gguf") for option in options) is is_there
     report = server.run(loaders(name) | {"show": node("PreviewAny", source=["model", 1])})["show"]["text"][0]
     assert "Weights Q8_0 and torch." in report
+    made = loaders(name) | {
+        "estimate": node(
+            "K5MemoryEstimate", variant="lite_t2v_5s_sft", width=768, height=512, length=121, batch_size=1,
+            precision="bf16", attention="auto", kept=0.25, cfg=-1.0, steps=0, start_image=False, budget="12 GB",
+            custom_gb=12.0, model=["model", 0],
+        ),
+        "show": node("PreviewAny", source=["estimate", 0]),
+    }  # fmt: skip
+    assert "q8_0 weights" in server.run(made)["show"]["text"][0]
 
 
 def test_loras_apply_to_packed_weights(server, saved, packed):
@@ -163,6 +172,15 @@ def test_loras_apply_to_packed_weights(server, saved, packed):
     again["sample"]["inputs"]["seed"] = 8  # runs without the LoRA, then once more the first graph
     saved(again)
     assert torch.equal(saved(graph(name))["latent"], before)
+
+
+def test_patches_of_packed_layers_stay_single_however_core_moves_them(server):
+    seen = json.loads(server.run({"loads": node("K5TestPackedLoads")})["loads"]["seen"][0])
+    assert seen["loaded"]["part"] == seen["loaded"]["same"] == [False, True]
+    assert seen["loaded"]["all"] == [True, True] and seen["loaded"]["none"] == [False, False]
+    for step in ("part", "same", "all", "none", "again"):
+        assert (seen["counts"][step], seen["outputs"][step]) == ([1, 1], [64, 64]), step
+    assert (seen["counts"]["plain"], seen["outputs"]["plain"]) == ([0, 0], [0, 0])
 
 
 def test_what_packed_weights_cannot_do_is_said(server, packed):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
+from comfyui_kandinsky5.kandinsky_core.memory import stream as streaming
 from comfyui_kandinsky5.kandinsky_core.memory.cargo import Cargo, in_dtype
 from comfyui_kandinsky5.kandinsky_core.memory.host_store import HostStore
 from comfyui_kandinsky5.kandinsky_core.memory.lane import STAGES, StreamLane
@@ -38,6 +40,16 @@ def test_slabs_stay_under_the_limit_and_hold_what_travels(widths, limit):
             wanted = memory(cargo.nbytes)
             cargo.write(wanted)
             assert torch.equal(image, wanted)
+
+
+def test_without_page_locked_memory_weights_travel_from_where_they_are(caplog):
+    def refuse(nbytes):
+        raise RuntimeError("CUDA error: out of memory")
+
+    cargos = [Cargo([nn.Linear(8, 64)]) for _ in range(3)]
+    store = HostStore(cargos, 1 << 20, refuse)
+    assert store.nbytes == 0 and not any(store.image(cargo) is not None for cargo in cargos)
+    assert len(caplog.records) == 1 and "page-locked" in caplog.text
 
 
 class Event:
@@ -108,3 +120,24 @@ def test_a_staging_buffer_is_written_again_only_after_it_was_read(kind):
     for cargo in cargos:
         marks.append(lane.carry(cargo, None, memory(4096), None))
         assert [mark.waited for mark in marks] == [place < len(marks) - STAGES for place in range(len(marks))]
+
+
+def test_a_closed_stream_gives_back_its_page_locked_memory(kind, monkeypatch):
+    model, slabs, alive = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))), [], []
+
+    def slab(nbytes):
+        slabs.append(ref(made := memory(nbytes).untyped_storage()))
+        return torch.empty(0, dtype=torch.uint8).set_(made)
+
+    stream = BlockStream(model, list(model), CPU, lane=StreamLane(CPU, 4096, slab, kind))
+    stream._store = HostStore(stream._cargos[:2], 3000, slab)  # the others go through staging buffers
+    with torch.no_grad():
+        model(torch.randn(2, 16))
+    monkeypatch.setattr(streaming, "has_streams", lambda device: True)
+
+    def empty():
+        alive.append([slab() is not None for slab in slabs])
+
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", empty, raising=False)
+    stream.close()
+    assert alive == [[False] * (1 + STAGES)]

@@ -6,12 +6,16 @@ import re
 
 import pytest
 import torch
+from comfyui_kandinsky5.kandinsky_core import nano
 from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError
+from comfyui_kandinsky5.kandinsky_core.io.convert import convert
 from comfyui_kandinsky5.kandinsky_core.memory.budget import GB, PROFILES
+from comfyui_kandinsky5.kandinsky_core.memory.estimate import precision_of
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.nodes import files
 from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.attention import K5Nabla
+from comfyui_kandinsky5.nodes.host import Measured
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
 from comfyui_kandinsky5.nodes.loaders import K5LoadModel
 from comfyui_kandinsky5.nodes.memory import K5MemoryEstimate, K5MemoryPlan, budget_bytes
@@ -48,14 +52,14 @@ def plan(model, **changes):
     return K5MemoryPlan.execute(model, **(PLAN | changes))
 
 
-def sampled(model, seed: int = 0):
+def sampled(model, seed: int = 0, rows_columns=(12, 16)):
     generator = torch.Generator().manual_seed(seed)
     prompts = [
         [[torch.randn(1, tokens, 96, generator=generator), {"pooled_output": torch.randn(1, 64, generator=generator)}]]
         for tokens in (9, 2)
     ]
     return K5Sample.execute(
-        model, *prompts, {"samples": torch.zeros(1, 16, 5, 12, 16)}, seed=3, steps=2, cfg=3.0, shift=5.0,
+        model, *prompts, {"samples": torch.zeros(1, 16, 5, *rows_columns)}, seed=3, steps=2, cfg=3.0, shift=5.0,
         sampler_name="euler", first_frame="auto", denoise=1.0,
     )  # fmt: skip
 
@@ -130,6 +134,24 @@ def test_the_sampler_shows_what_was_measured_beside_the_estimate(model):
     line = re.search(r"memory: ([\d.]+) MB of live tensors at the peak; estimated ([\d.]+) MB", report)
     measured, estimated = map(float, line.groups())
     assert measured > 0 and estimated == pytest.approx(measured, rel=0.1)
+
+
+def test_a_size_that_no_estimate_takes_does_not_cost_the_sample(host, model, monkeypatch):
+    # ComfyUI pads such a latent and reports a peak; this host refuses it before it samples.
+    monkeypatch.setattr(host, "measured", lambda: Measured(5 * GB, with_weights=True))
+    monkeypatch.setattr(host, "sample", lambda model, request: request.latent["samples"] + 1)
+    samples, report = sampled(model, rows_columns=(7, 9)).args
+    assert samples["samples"].shape[-2:] == (7, 9)
+    assert "memory: 5.00 GB at the peak" in report and "estimated" not in report
+
+
+def test_packed_weights_are_estimated_as_packed(host, tmp_path):
+    for to, precision in (("fp8", "fp8"), ("gguf-Q8_0", "q8_0")):
+        target = tmp_path / f"nano_{to}.{'gguf' if to.startswith('gguf') else 'safetensors'}"
+        convert(nano.files()["model"], target, to)
+        assert host.weights_of(host.load_model(target, variant=None, dtype="bf16").model) == precision
+    assert precision_of(["Q4_K", "Q6_K"]) == precision_of(["NF4"]) == "q4_k"
+    assert precision_of(["Q6_K"]) == precision_of(["Q8_0", "Q4_K"]) == "q8_0"
 
 
 def test_on_a_processor_nothing_is_measured_unless_asked(model):

@@ -195,6 +195,49 @@ def core_vae(network: torch.nn.Module, dims: int) -> Any:
     return vae
 
 
+class K5TestPackedLoads(io.ComfyNode):
+    """Load and unload packed layers as core does; patches of two of them, and what is loaded, go to the history."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="K5TestPackedLoads", inputs=[], outputs=[], is_output_node=True)
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        package = nodes.NODE_CLASS_MAPPINGS["K5LoadVAE"].__module__.rpartition(".")[0]
+        packed = importlib.import_module(f"{package}.comfy_packed")
+        rows = (128, 64, 512, 512, 512, 512)
+        layers = [packed.HostedPackedLinear(packed.Packing("Q8_0", (count, 64)), bias=False) for count in rows]
+        for layer in layers:
+            layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
+        device, size = torch.device("cpu"), sum(layer.weight.nbytes for layer in layers)
+        part = 85_000  # core keeps room for unpacking patched weights, so that only the second layer fits
+        network = torch.nn.Sequential(*layers)
+        patcher = packed.PackedPatcher(network, load_device=device, offload_device=device)
+        patcher.add_patches({f"{index}.weight": (torch.ones(rows[index], 64),) for index in range(2)})
+        plain = packed.PackedPatcher(network, load_device=device, offload_device=device)
+        counts, outputs, loaded = {}, {}, {}
+
+        def look(name: str) -> None:
+            counts[name] = [len(layer.weight_function) for layer in layers[:2]]
+            outputs[name] = [layer(torch.ones(1, 64))[0, 0].item() for layer in layers[:2]]
+            loaded[name] = [getattr(layer, "comfy_patched_weights", False) for layer in layers[:2]]
+
+        def check(name: str, step: Any) -> None:
+            step()
+            look(name)
+
+        check("part", lambda: patcher.load(device, lowvram_model_memory=part))
+        check("same", lambda: patcher.partially_load(device, part - network.model_loaded_weight_memory))
+        check("all", lambda: patcher.partially_load(device, 2 * size))
+        check("none", lambda: patcher.partially_unload(device, 2 * size))
+        check("again", lambda: patcher.partially_load(device, 2 * size))
+        patcher.detach()
+        check("plain", lambda: plain.load(device, full_load=True))
+        plain.detach()
+        return io.NodeOutput(ui={"seen": [json.dumps({"counts": counts, "outputs": outputs, "loaded": loaded})]})
+
+
 class K5TestCoreVAE(io.ComfyNode):
     """Core's own HunyuanVideo VAE, tiny and random, under core's memory management; its weights go to a file."""
 
@@ -293,7 +336,7 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             K5TestSave, K5TestWatch, K5TestSeen, K5TestModel, K5TestVAEs, K5TestCoreVAE, K5TestOutOfMemory,
-            K5TestHeld, K5TestLoaded,
+            K5TestHeld, K5TestLoaded, K5TestPackedLoads,
         ]  # fmt: skip
 
 
