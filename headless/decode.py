@@ -8,7 +8,7 @@ from typing import Any
 
 from ..kandinsky_core.errors import CheckpointError
 from ..kandinsky_core.io.latents import SavedLatent, read_latent
-from ..kandinsky_core.vae.plan import AUTO
+from ..kandinsky_core.vae.plan import AUTO, MODES
 from ..kandinsky_core.variants import VARIANTS
 from ..nodes import files
 from ..nodes.host import LATENTS
@@ -47,7 +47,7 @@ def build(wish: Resumption, host: StandaloneHost) -> Graph:
     work: dict[str, Any] = {
         "vae": add("K5LoadVAE", vae_name=_vae(wish.vae, saved, host), dtype="auto"),
         "latent": add("K5LoadLatent", latent_name=name),
-        "mode": wish.mode or saved.facts.get("mode", AUTO),
+        "mode": wish.mode or (made if (made := saved.facts.get("mode")) in MODES else AUTO),
         "memory_gb": wish.memory,
         "keep_latents": 0,  # it is on disk
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kandinsky_core.errors import CheckpointError, KandinskyError, MediaError
-from ..kandinsky_core.io.latents import SavedLatent, keep_latent, prune_latents, read_latent
+from ..kandinsky_core.io.latents import SavedLatent, keep_latent, open_latent, prune_latents, read_latent
 from ..kandinsky_core.shapes import VAE_SPATIAL, pixel_frames
 from ..kandinsky_core.variants import VARIANTS
 from .comfy_io import io
@@ -47,10 +47,10 @@ class K5LoadLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, latent_name: str | None) -> bool | str:
-        """Read the file before anything runs."""
+        """Check the file's header before anything runs."""
         try:
             if latent_name is not None:
-                read_latent(_locate(latent_name))
+                open_latent(_locate(latent_name))
         except KandinskyError as error:
             return str(error)
         return True
@@ -107,7 +107,10 @@ def kept(vae: Any, latent: Latent, count: int, hidden: Any, mode: str) -> Iterat
         yield f"latent kept as {LATENTS}/{path.name}" if path else "latent not kept"
     except KandinskyError as error:
         raise type(error)(f"{error} {hint}".rstrip()) from error
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:  # the type stays: ComfyUI tells running out of memory by it
+        error.args = (f"{type(error).__name__}: {error}. {hint}".rstrip(),)
+        raise
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise KandinskyError(f"{type(error).__name__}: {error}. {hint}".rstrip()) from error
     if path is not None:
         prune_latents(folder, count)

@@ -104,8 +104,8 @@ class K5VAEDecodeTiled(io.ComfyNode):
     @classmethod
     def execute(cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int) -> io.NodeOutput:
         """Decode."""
-        require_ours(vae)
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
+            require_ours(vae)
             image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb))
             return io.NodeOutput(image, f"{report}\n{line}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..kandinsky_core.io.assembly import FrameAssembly
@@ -83,13 +85,13 @@ class K5DecodeVideo(io.ComfyNode):
         keep_latents: int,
     ) -> io.NodeOutput:
         """Decode and write; the file appears when the clip is whole."""
-        require_ours(vae)
-        samples = latent["samples"]
-        fps = fps or float(latent.get(LATENT_FACTS, {}).get("fps", FPS))
-        shape_THW = image_shape(samples)
-        path = host().new_path(filename_prefix, f".{format}", *shape_THW[:0:-1])
-        metadata = host().provenance(cls.hidden)
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
+            require_ours(vae)
+            samples = latent["samples"]
+            fps = fps or frame_rate(latent.get(LATENT_FACTS, {}))
+            shape_THW = image_shape(samples)
+            path = host().new_path(filename_prefix, f".{format}", *shape_THW[:0:-1])
+            metadata = host().provenance(cls.hidden)
             with (
                 video_writer(path, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
                 FrameAssembly(shape_THW, write, path.parent) as film,
@@ -97,3 +99,9 @@ class K5DecodeVideo(io.ComfyNode):
                 report = decode(vae, samples, Wanted.of(mode, memory_gb), onto(film))
             video, shown = host().video(path, fps=fps, shape_THW=shape_THW)
             return io.NodeOutput(video, f"{report}\n{line}", ui=shown)
+
+
+def frame_rate(facts: Mapping[str, Any]) -> float:
+    """Return the rate a latent was made for; files of others may say anything there."""
+    made = facts.get("fps")
+    return float(made) if isinstance(made, int | float) and 0 < made < math.inf else FPS

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, MediaError
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .header import read_header
 from .whole_file import whole_file
 
@@ -52,17 +52,16 @@ def keep_latent(
 ) -> Path:
     """Write a latent into `folder` and return its path; one that lies there already becomes the newest.
 
+    Its facts are then brought up to date; the rest of its metadata stays, which tells how the latent was made.
     A full disk or a folder that cannot be written raises `MediaError`.
     """
     digest = _digest(samples)
     try:
         path = next((path for path in _own(folder) if OWN_NAME.fullmatch(path.name)[1] == digest), None)
-        if path is not None:
-            os.utime(path)
-        else:
-            path = folder / f"kandinsky5_{time.strftime('%Y%m%d-%H%M%S')}_{digest}{SUFFIX}"
-            _write(path, samples, {**(metadata or {}), FACTS: dict(facts)})
-    except (OSError, SafetensorError) as error:
+        old = read_header(path)[1] if path else {}
+        path = path or folder / f"kandinsky5_{time.strftime('%Y%m%d-%H%M%S')}_{digest}{SUFFIX}"
+        _write(path, samples, {**(metadata or {}), **old, FACTS: _facts(old) | dict(facts)})
+    except (OSError, SafetensorError, CheckpointError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MediaError(f"{folder}: a latent of {samples.nbytes:,} bytes cannot be written: {reason}.") from error
     return path
@@ -93,6 +92,13 @@ def saved_latents(folder: Path) -> list[Path]:
 
 def read_latent(path: Path) -> SavedLatent:
     """Read a latent that this package or ComfyUI's Save Latent wrote; other files raise `CheckpointError`."""
+    checkpoint = open_latent(path)
+    samples = checkpoint.tensor(TENSOR).clone()  # not mapped: the file may be pruned while it is in use
+    return SavedLatent(samples, _facts(checkpoint.metadata), checkpoint.metadata)
+
+
+def open_latent(path: Path) -> Checkpoint:
+    """Read the header alone and check it as `read_latent` does."""
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
@@ -102,8 +108,7 @@ def read_latent(path: Path) -> SavedLatent:
             f"{path} is not a latent of today's format ({TENSOR} and {UNSCALED}). "
             "Use a file that a Kandinsky 5 decode node or ComfyUI's Save Latent wrote."
         )
-    samples = checkpoint.tensor(TENSOR).clone()  # not mapped: the file may be pruned while it is in use
-    return SavedLatent(samples, _facts(checkpoint.metadata), checkpoint.metadata)
+    return checkpoint
 
 
 def _write(path: Path, samples: Tensor, metadata: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -85,9 +85,14 @@ class Trial:
     error: float  # largest difference to float32 over the largest value
     extra_bytes: int  # beyond the input and output
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the error is no more than rounding; nan is not."""
+        return self.error <= TOLERANCE
+
     def fault(self, allowed_bytes: int) -> str | None:
         """Say what is wrong with it, or None."""
-        if not self.error <= TOLERANCE:  # also catches nan
+        if not self.is_right:
             return f"differs from float32 by {self.error:.1%}"
         if self.extra_bytes > allowed_bytes:
             return f"takes {self.extra_bytes >> 20} MiB beside its output, where {allowed_bytes >> 20} are the limit"
@@ -106,21 +111,30 @@ def convolution_for(device: torch.device, dtype: torch.dtype) -> Convolve:
     # Half of the matrix of all taps, which is what the regression builds; workspaces that are normal are far smaller.
     allowed_bytes = TAPS * x.numel() * dtype.itemsize // 2
     return choose(
-        {name: _try(form, x, weight, bias) for name, form in FORMS.items()},
+        ((name, _try(form, x, weight, bias)) for name, form in FORMS.items()),
         allowed_bytes,
         f"{dtype} on {device}",
     )
 
 
-def choose(trials: Mapping[str, Trial], allowed_bytes: int, where: str) -> Convolve:
-    """Take the first form without a fault, and say so; raise `BackendUnavailable` if all have one."""
+def choose(trials: Iterable[tuple[str, Trial]], allowed_bytes: int, where: str) -> Convolve:
+    """Take the first form without a fault, and say so; trials after it are not asked for.
+
+    If all have one, take the first that is right for all its memory; raise `BackendUnavailable` if none is.
+    """
     faults: list[str] = []
-    for name, trial in trials.items():
+    right: list[str] = []
+    for name, trial in trials:
         if (fault := trial.fault(allowed_bytes)) is None:
             because = f" because {'; '.join(faults)}" if faults else ""
             log.info("VAE convolutions (%s): %s%s.", where, name, because)
             return FORMS[name]
         faults.append(f"{name} {fault}")
+        if trial.is_right:
+            right.append(name)
+    if right:
+        log.warning("VAE convolutions (%s): %s, though %s.", where, right[0], "; ".join(faults))
+        return FORMS[right[0]]
     raise BackendUnavailable(
         f"3-D convolutions in {where} do not work here: {'; '.join(faults)}. Load the VAE in float32, or use another "
         "torch version."

@@ -131,8 +131,9 @@ class Passage:
 
     def _shape(self, plan: DecodePlan) -> None:
         if plan.mode == LATE_TILE and self._tiles is None:
-            self._front, late = self._front.split(self._late)
-            self._tiles = [late.part(core) for core in self._frame.cut(*plan.tiles)]
+            front, late = self._front.split(self._late)
+            tiles = [late.part(core) for core in self._frame.cut(*plan.tiles)]
+            self._front, self._tiles = front, tiles  # together, and last: cutting may run out of memory
         elif self._tiles is not None:
             largest = self._frame.cut(*plan.tiles)
             height, width = (max(tile.size[side] for tile in largest) for side in range(2))

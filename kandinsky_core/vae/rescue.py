@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from ..shapes import pixel_frames
@@ -49,8 +50,12 @@ def finish(
     other kinds, and what the processor itself runs out of, pass through.
     """
     on_processor = False
+    plan = decoding.plan
+    change: Callable[[], None] | None = None
     while True:
         try:
+            if change is not None:
+                change()  # moves tensors, so memory can run out here as well
             decoding.run()
             return
         except FAILURES as error:
@@ -58,18 +63,16 @@ def finish(
                 raise
         # Not inside the handler: the traceback keeps the tensors of the piece that failed.
         free_memory()
-        plan = decoding.plan
         less = smaller(plan, decoding.vae.spec)
         where = f"Out of memory after {decoding.frames_done} of {pixel_frames(plan.latent_thw[0])} frames ({plan})."
         if less is None:
             announce(
                 f"{where} There is no smaller plan: going on from there on the processor, which is slow."
             )
-            to_processor()
-            on_processor = True
+            change, on_processor = to_processor, True
         else:
             announce(f"{where} Going on from there with {less}. {cost(plan, less)}")
-            decoding.replan(less)
+            change, plan = partial(decoding.replan, less), less
 
 
 def cost(plan: DecodePlan, less: DecodePlan) -> str:

@@ -179,7 +179,7 @@ class Stream:
 
 
 def parked(caches: Caches, places: Caches | None) -> Caches:
-    """Copy to main memory, into `places` where they lie there already; pinned if it comes from a device."""
+    """Copy to main memory, into `places` where they lie there already."""
     return tuple(
         cache if cache.device.type == "cpu" else _host_place(cache, place).copy_(cache)
         for cache, place in zip(caches, places or (None,) * len(caches), strict=True)
@@ -189,4 +189,4 @@ def parked(caches: Caches, places: Caches | None) -> Caches:
 def _host_place(cache: Tensor, place: Tensor | None) -> Tensor:
     if place is not None and place.device.type == "cpu":
         return place
-    return torch.empty(cache.shape, dtype=cache.dtype, pin_memory=cache.is_cuda)
+    return torch.empty(cache.shape, dtype=cache.dtype)

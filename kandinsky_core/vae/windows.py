@@ -47,6 +47,7 @@ class Windows:
         """Go on with other tiles or on another device."""
         self._plan = released_plan(plan)
         self._device = device
+        self._tail = None if self._tail is None else self._tail.to(device)
         like = torch.empty(0, dtype=self._z.dtype, device=device)
         self._stages = decoder_stages(self._vae, like, min(WINDOW, self._z.shape[2]))
 

@@ -57,9 +57,18 @@ def test_the_newest_stay_and_are_listed_first(tmp_path):
 
 def test_the_same_latent_is_one_file_and_becomes_the_newest(tmp_path):
     first, second = keep(tmp_path, 0), keep(tmp_path, 1)
-    assert keep_latent(tmp_path, latent(0), facts={"vae": "other"}) == first
+    assert keep_latent(tmp_path, latent(0), facts={"mode": "stream", "vae": "other"}) == first
+    assert keep_latent(tmp_path, latent(0), facts={"vae": "third"}, metadata={"prompt": "later"}) == first
     assert saved_latents(tmp_path) == [first, second]
-    assert read_latent(first).facts == FACTS  # those of the run that made it
+    assert read_latent(first).facts == FACTS | {"mode": "stream", "vae": "third"}
+    assert torch.equal(read_latent(first).samples, latent(0))
+
+
+def test_a_latent_kept_again_still_tells_how_it_was_made(tmp_path):
+    path = keep_latent(tmp_path, latent(0), facts=FACTS, metadata={"prompt": "first"})
+    keep_latent(tmp_path, latent(0), facts={}, metadata={"prompt": "later", "note": "new"})
+    found = read_latent(path)
+    assert found.facts == FACTS and found.metadata["prompt"] == "first" and found.metadata["note"] == "new"
 
 
 def test_only_files_of_this_feature_are_pruned(tmp_path):

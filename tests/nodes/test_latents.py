@@ -46,11 +46,14 @@ def test_the_latent_is_on_disk_before_the_block_runs(host, vae):
     [
         (BackendUnavailable("no."), BackendUnavailable, "no. The latent is safe: "),
         (ZeroDivisionError("deep down"), KandinskyError, "ZeroDivisionError: deep down. The latent is safe: "),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "OutOfMemoryError: full. The latent is safe: "),
+        (MemoryError(), MemoryError, "MemoryError: . The latent is safe: "),
     ],
 )
 def test_every_error_names_the_latent_and_what_resumes(host, vae, raised, seen, words):
     with pytest.raises(seen) as caught, kept(vae, latent(), 8, None, "auto"):
         raise raised
+    assert type(caught.value) is seen
     (path,) = host.latents().values()
     assert str(caught.value) == (
         f"{words}{path}. Resume from it with the node Kandinsky 5 Load Latent, or with: kandinsky5 decode {path}"

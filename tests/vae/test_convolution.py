@@ -56,17 +56,33 @@ def test_convolutions_of_other_kinds_are_left_alone(monkeypatch):
 def test_the_first_form_without_a_fault_is_taken_and_said(caplog):
     sound, bulky, wrong = Trial(0.004, 100), Trial(0.004, 2 << 20), Trial(0.2, 0)
     with caplog.at_level(logging.INFO, "kandinsky5"):
-        assert choose({"conv3d": sound, "three conv2d": sound}, 1 << 20, "here") is FORMS["conv3d"]
-        assert choose({"conv3d": bulky, "three conv2d": sound}, 1 << 20, "here") is framewise
-        assert choose({"conv3d": wrong, "three conv2d": sound}, 1 << 20, "here") is framewise
-        assert choose({"conv3d": Trial(float("nan"), 0), "three conv2d": sound}, 1 << 20, "here") is framewise
+        assert choose({"conv3d": sound, "three conv2d": sound}.items(), 1 << 20, "here") is FORMS["conv3d"]
+        assert choose({"conv3d": bulky, "three conv2d": sound}.items(), 1 << 20, "here") is framewise
+        assert choose({"conv3d": wrong, "three conv2d": sound}.items(), 1 << 20, "here") is framewise
+        assert choose({"conv3d": Trial(float("nan"), 0), "three conv2d": sound}.items(), 1 << 20, "here") is framewise
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 4
     assert lines[0] == "VAE convolutions (here): conv3d."
     assert "three conv2d" in lines[1] and "2 MiB" in lines[1]
     assert "20.0%" in lines[2]
     with pytest.raises(BackendUnavailable, match="float32"):
-        choose({"conv3d": wrong, "three conv2d": bulky}, 1 << 20, "here")
+        choose({"conv3d": wrong, "three conv2d": wrong}.items(), 1 << 20, "here")
+
+
+def test_a_form_that_is_right_but_bulky_is_better_than_none(caplog):
+    bulky, wrong = Trial(0.004, 2 << 20), Trial(0.2, 0)
+    assert choose({"conv3d": wrong, "three conv2d": bulky}.items(), 1 << 20, "here") is framewise
+    assert choose({"conv3d": bulky, "three conv2d": bulky}.items(), 1 << 20, "here") is FORMS["conv3d"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "2 MiB" in caplog.text and "20.0%" in caplog.text
+
+
+def test_no_form_is_tried_behind_a_good_one():
+    def trials():
+        yield "conv3d", Trial(0.004, 0)
+        pytest.fail("needless")
+
+    assert choose(trials(), 1 << 20, "here") is FORMS["conv3d"]
 
 
 def test_the_trial_measures_the_error(monkeypatch):

@@ -131,20 +131,47 @@ def test_memory_that_holds_only_a_smaller_plan_is_found(monkeypatch, vae, clip, 
         assert "Cost: " in line and "none in the picture" in line
 
 
-@pytest.mark.parametrize("at", range(1, 170, 12))
-def test_one_failure_anywhere_changes_nothing(monkeypatch, vae, clip, at):
+@pytest.fixture(scope="module")
+def calls(vae, clip):
+    """How many calls that can fail an undisturbed decode makes, by mode."""
+    z, statistics, _ = clip
+    with pytest.MonkeyPatch.context() as patch:
+        modes = (STREAM, LATE_TILE)
+        return {mode: _undisturbed(patch, vae, z, plan(vae, z, mode, chunk=2), statistics) for mode in modes}
+
+
+def _undisturbed(patch, vae, z, start, statistics):
+    with patch.context() as inner:
+        return Rescued(inner, vae, z, start, lambda *_: False, statistics).finish().calls
+
+
+@pytest.mark.parametrize("mode", [STREAM, LATE_TILE])
+@pytest.mark.parametrize("part", range(13))
+def test_one_failure_anywhere_changes_nothing(monkeypatch, vae, clip, calls, mode, part):
     z, statistics, whole = clip
-    run = Rescued(monkeypatch, vae, z, plan(vae, z, STREAM, chunk=2), lambda call, _: call == at, statistics).finish()
-    assert len(run.failures) == (at < run.calls)
+    at = 1 + (calls[mode] - 1) * part // 12  # from the first to the last
+    start = plan(vae, z, mode, chunk=2)
+    run = Rescued(monkeypatch, vae, z, start, lambda call, _: call == at, statistics).finish()
+    assert run.failures == [start]
     assert error(run.out, whole) < EXACT
 
 
-@pytest.mark.parametrize("at", range(5, 330, 27))
-def test_one_failure_in_tiles_changes_nothing(monkeypatch, vae, clip, at):
+def test_memory_that_runs_out_between_two_plans_takes_the_next_one(monkeypatch, vae, clip):
     z, statistics, whole = clip
-    start = plan(vae, z, LATE_TILE, chunk=2)
-    run = Rescued(monkeypatch, vae, z, start, lambda call, _: call == at, statistics).finish()
-    assert len(run.failures) == (at < run.calls)
+    ladder = rungs(vae, z)
+    run = Rescued(monkeypatch, vae, z, ladder[0], lambda call, now: call > 40 and now == ladder[0], statistics)
+    replan, asked = run.decoding.replan, []
+
+    def scarce(less):
+        asked.append(less)
+        if len(asked) == 1:
+            run.failures.append(less)
+            raise OutOfMemory
+        replan(less)
+
+    monkeypatch.setattr(run.decoding, "replan", scarce)
+    run.finish()
+    assert asked == ladder[1:3] and run.decoding.plan == ladder[2]
     assert error(run.out, whole) < EXACT
 
 
