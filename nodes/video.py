@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.io.assembly import FrameAssembly
 from ..kandinsky_core.io.media import CODECS, CONTAINERS, video_writer
 from .comfy_io import io
 from .decode import Wanted, decode, image_shape, memory_inputs, onto
 from .host import LATENT_FACTS, Latent, host
 from .latents import HIDDEN, kept
+from .standalone_output import start_of
 from .vae import CATEGORY, require_ours
 
 FPS = 24.0  # of latents that do not tell
@@ -69,6 +71,16 @@ class K5DecodeVideo(io.ComfyNode):
             is_output_node=True,
             hidden=HIDDEN,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Name a prefix outside the output folder before anything runs; None is a linked one."""
+        try:
+            if filename_prefix is not None:
+                start_of(host().directory("output"), filename_prefix)
+        except KandinskyError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(

@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, ShapeError
+from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
 from comfyui_kandinsky5.kandinsky_core.io.media import read_video
 from comfyui_kandinsky5.kandinsky_core.vae import decoding
 from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
 from comfyui_kandinsky5.nodes import host_standalone
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.vae import K5VAEDecodeTiled
-from comfyui_kandinsky5.nodes.video import K5DecodeVideo
+from comfyui_kandinsky5.nodes.video import FPS, K5DecodeVideo, frame_rate
 from torch.testing import assert_close
 
 LATENT = torch.randn(1, 16, 6, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -220,3 +220,30 @@ def test_cancelling_leaves_the_latent_and_no_half_file(vae, host):
         K5DecodeVideo.execute(vae, {"samples": LATENT}, 8.0, "x", "mp4", "h264", 14.0, "auto", 0.0, 8)
     left = [path for path in host.output.rglob("*") if path.is_file()]
     assert left == list(host.latents().values()) and len(left) == 1
+
+
+def test_whatever_a_decode_refuses_the_latent_is_on_disk_first(vae, host):
+    def decode(vae, prefix):
+        return K5DecodeVideo.execute(vae, {"samples": LATENT}, 0.0, prefix, "mp4", "h264", 14.0, "auto", 0.0, 8)
+
+    with pytest.raises(KandinskyError, match="leads out of the output folder.* The latent is safe: "):
+        decode(vae, "../x")
+    assert len(host.latents()) == 1
+    next(iter(host.latents().values())).unlink()
+    for call in (lambda: decode(object(), "x"), lambda: K5VAEDecodeTiled.execute(
+        object(), {"samples": LATENT}, "auto", 0.0, 8
+    )):  # fmt: skip
+        with pytest.raises(KandinskyError, match="neither HunyuanVideo's nor FLUX's.* The latent is safe: "):
+            call()
+    assert len(host.latents()) == 1
+
+
+def test_a_prefix_is_checked_before_anything_runs(host):
+    assert K5DecodeVideo.validate_inputs("sub/%width%") is True and K5DecodeVideo.validate_inputs(None) is True
+    assert "leads out of the output folder" in K5DecodeVideo.validate_inputs("../x")
+
+
+@pytest.mark.parametrize("made", [None, "fast", [24], 0, -1, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_not_believed(made):
+    assert frame_rate({"fps": made}) == FPS and frame_rate({}) == FPS
+    assert frame_rate({"fps": 8}) == 8.0

@@ -185,8 +185,8 @@ def test_a_prefix_outside_the_output_folder_is_refused(server):
             codec="h264", crf=14.0, mode="auto", memory_gb=0.0, keep_latents=0,
         ),
     }  # fmt: skip
-    entry = server.finish(server.start(graph))
-    assert "leads out of the output folder" in server.error(entry)
+    status, answer = server.post("/prompt", {"prompt": graph})
+    assert status == 400 and "leads out of the output folder" in json.dumps(answer["node_errors"])
 
 
 def test_a_cancelled_decode_leaves_its_latent_and_no_half_file(server, latents):

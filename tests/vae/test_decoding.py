@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -364,6 +365,21 @@ def test_released_windows_go_on_as_a_stream(vae, monkeypatch):
     assert error(canvas.out[:, :, 9:], stream[:, :, 9:]) < EXACT and canvas.out.isfinite().all()
     with pytest.raises(ShapeError, match="blends windows"):
         decoding.replan(plan_for(z, REFERENCE))
+
+
+def test_released_windows_go_on_on_another_device(vae, monkeypatch):
+    z = latent(1, 7, 2, 3)
+    moving, pieces = deepcopy(vae), []
+    decoding = Decoding(moving, z, plan_for(z, REFERENCE), on_piece=pieces.append)
+    Faulty(monkeypatch, lambda call: call == 50)
+
+    def move():
+        assert len(pieces) == 1
+        decoding.replan(decoding.plan, device=moving.to("meta").decoder.conv_in.conv.weight.device)
+
+    finish(decoding, move)
+    assert [piece.pixels_BCTHW.device.type for piece in pieces] == ["cpu", "meta"]
+    assert pieces[-1].frames.stop == 25
 
 
 def test_plans_that_do_not_fit_are_refused(small):
