@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui_kandinsky5.kandinsky_core.vae import causal
+from comfyui_kandinsky5.kandinsky_core.vae import causal, stream
 from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding, decode_with, exact_statistics
 from comfyui_kandinsky5.kandinsky_core.vae.plan import (
     AUTO,
@@ -172,6 +172,26 @@ def test_memory_that_runs_out_between_two_plans_takes_the_next_one(monkeypatch, 
     monkeypatch.setattr(run.decoding, "replan", scarce)
     run.finish()
     assert asked == ladder[1:3] and run.decoding.plan == ladder[2]
+    assert error(run.out, whole) < EXACT
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_memory_that_runs_out_while_tiles_are_cut_loses_nothing(monkeypatch, vae, clip, at):
+    z, statistics, whole = clip
+    start = next(rung for rung in rungs(vae, z)[::-1] if rung.mode == STREAM)
+    run = Rescued(monkeypatch, vae, z, start, lambda call, now: call > 40 and now == start, statistics)
+    part, cuts = stream.Stream.part, []
+
+    def scarce(*args):
+        cuts.append(run.decoding.plan)
+        if len(cuts) == at:
+            run.failures.append(run.decoding.plan)
+            raise OutOfMemory
+        return part(*args)
+
+    monkeypatch.setattr(stream.Stream, "part", scarce)
+    run.finish()
+    assert [failed.mode for failed in run.failures] == [STREAM, LATE_TILE]
     assert error(run.out, whole) < EXACT
 
 
