@@ -12,6 +12,7 @@ import tiny_graphs
 import torch
 from comfyui_kandinsky5.headless.cli import main
 from comfyui_kandinsky5.kandinsky_core.io import open_checkpoint, save_checkpoint
+from comfyui_kandinsky5.kandinsky_core.io.latents import keep_latent
 from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video, write_png
 from comfyui_kandinsky5.nodes import host as door
 
@@ -340,6 +341,13 @@ def test_a_saved_latent_is_found_by_path_and_takes_other_settings(cli, tmp_path)
     assert code == 0 and read_video(out.strip()).fps == 8
     code, _, err = cli("decode", "gone.latent")
     assert code == 2 and "gone.latent is neither a file nor a latent" in err
+
+
+def test_facts_of_a_foreign_latent_are_not_believed(cli, tmp_path):
+    facts = {"mode": "fast", "fps": "quick", "vae": 7, "variant": [1]}
+    latent = keep_latent(tmp_path, torch.zeros(1, 16, 2, 6, 8), facts=facts)
+    code, out, _ = cli("decode", latent, "--vae", tiny.VIDEO_VAE, "--quiet")
+    assert code == 0 and read_video(out.strip()).fps == 24
 
 
 def test_a_saved_picture_becomes_a_picture(cli, tmp_path):
