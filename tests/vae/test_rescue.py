@@ -112,8 +112,6 @@ def test_the_tiny_ladder_has_every_kind_of_rung(vae, clip):
 def test_memory_that_holds_only_a_smaller_plan_is_found(monkeypatch, vae, clip, rung):
     z, statistics, whole = clip
     ladder = rungs(vae, z)
-    if rung >= len(ladder):
-        pytest.skip("the ladder is shorter")
     room_bytes = ladder[rung].peak_bytes if rung >= 0 else 0  # -1: no plan at all
 
     def full(call, now):
