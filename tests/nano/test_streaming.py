@@ -11,7 +11,7 @@ from comfyui_kandinsky5.kandinsky_core.nano import files
 from comfyui_kandinsky5.kandinsky_core.nano.codec import pixels
 from comfyui_kandinsky5.kandinsky_core.nano.draw import draw, scene
 from comfyui_kandinsky5.kandinsky_core.vae.decoding import decode_with
-from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, STREAM, DecodePlan
+from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, STREAM, DecodePlan, plan_decode
 from comfyui_kandinsky5.kandinsky_core.vae.tiling import single_plan
 
 LATENTS = 9
@@ -23,12 +23,16 @@ def vae():
     return load_vae(files()["vae"], dtype=torch.float32).vae.requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=[2, 0])  # 2: a growing circle, the hardest of the seven that were tried
-def clip(request, vae):
-    """A clip, its latent and the un-tiled decode."""
-    truth = pixels(draw(scene(request.param, request.param), frames=4 * LATENTS - 3)[None])
-    z = vae.encode(truth, plan=single_plan(*THW)).mean
-    return truth, z, vae.decode(z, plan=single_plan(*THW))
+@pytest.fixture(scope="module")
+def clips(vae):
+    """Clips, each with its latent and the un-tiled decode; the third is a growing circle, the hardest of twelve."""
+    return [seen(vae, pixels(draw(scene(seed, seed), frames=4 * LATENTS - 3)[None])) for seed in range(6)]
+
+
+def seen(vae, truth):
+    with torch.no_grad():
+        z = vae.encode(truth, plan=single_plan(*THW)).mean
+        return truth, z, vae.decode(z, plan=single_plan(*THW))
 
 
 def decibels(a, b):
@@ -51,18 +55,31 @@ def seam(error):
     return max(ratios)
 
 
+@pytest.fixture(scope="module")
+def windows_flicker(vae, clips):
+    """Sum of the released windows' flicker."""
+    plan = plan_decode(vae.spec, THW, free_bytes=None, itemsize=4, mode=REFERENCE)
+    return sum(flicker(decode_with(vae, z, plan), truth) for truth, z, _ in clips)
+
+
 @pytest.mark.parametrize(("mode", "tiles"), [(STREAM, (1, 1)), (LATE_TILE, (2, 2))])
-def test_sampled_statistics_come_near_the_whole(vae, clip, mode, tiles):
-    truth, z, whole = clip
-    out = decode_with(vae, z, DecodePlan(mode=mode, latent_thw=THW, chunk=2, tiles=tiles))
-    assert decibels(out, whole) >= 45
-    assert flicker(out, truth) <= 1.1 * flicker(whole, truth)
-    assert seam(out - whole) <= 1.05
-    assert abs(decibels(out, truth) - decibels(whole, truth)) < 1
+def test_sampled_statistics_come_near_the_whole(vae, clips, windows_flicker, mode, tiles):
+    flickers, seams = [], []
+    for truth, z, whole in clips:
+        out = decode_with(vae, z, DecodePlan(mode=mode, latent_thw=THW, chunk=2, tiles=tiles))
+        assert decibels(out, whole) >= 45
+        assert flicker(out, truth) <= 1.1 * flicker(whole, truth)
+        assert seam(out) <= 1.01 * seam(whole)
+        assert abs(decibels(out, truth) - decibels(whole, truth)) < 1
+        flickers.append(flicker(out, truth))
+        seams.append(seam(out - whole))
+    assert sum(flickers) <= 1.02 * sum(flicker(whole, truth) for truth, _, whole in clips)
+    assert sum(flickers) < windows_flicker
+    assert sum(seams) <= 1.05 * len(seams)  # of one clip's tiny error it says little: without tiles it reaches 1.1, too
 
 
-def test_a_seam_is_seen(vae, clip):
-    _, z, whole = clip
+def test_a_seam_is_seen(vae, clips):
+    _, z, whole = clips[0]
     error = decode_with(vae, z, DecodePlan(mode=LATE_TILE, latent_thw=THW, chunk=2, tiles=(2, 2))) - whole
     error[..., error.shape[-1] // 2 :] += 0.01
     assert seam(error) > 1.05
