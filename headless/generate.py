@@ -13,6 +13,7 @@ from ..kandinsky_core.variants import Variant
 from ..nodes import files
 from ..nodes.editing import AS_IMAGE
 from ..nodes.host_standalone import StandaloneHost
+from ..nodes.latents import KEEP
 from ..nodes.memory import AUTO, BUDGETS, KEPT
 from ..nodes.size import CUSTOM
 from .estimate import free_gb
@@ -85,10 +86,10 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
     encoders = add("K5LoadTextEncoder", qwen_name=text, clip_name=clip, dtype=wish.text_dtype or wish.dtype)
     autoencoder = add("K5LoadVAE", vae_name=vae, dtype="auto")
     size = _size(wish, row)
-    model_link, clip_link = Link(loaded, 0), Link(encoders, 0)
+    model_link, clip_link, plan_link = Link(loaded, 0), Link(encoders, 0), None
     if wish.budget is not None:
         planned = add("K5MemoryPlan", **_plan(wish.budget), **size, model=model_link, clip=clip_link)
-        model_link, clip_link = Link(planned, 0), Link(planned, 3)
+        model_link, clip_link, plan_link = Link(planned, 0), Link(planned, 3), Link(planned, 1)
     words = {
         "clip": clip_link,
         "model": model_link,
@@ -135,7 +136,11 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
         add("K5AttentionError", **sampling, P_values=wish.masses, wT=t, wH=h, wW=w)
         return graph
     sampled = add("K5Sample", **sampling, sampler_name="euler", first_frame="auto", denoise=1.0)
-    decoded = add("K5VAEDecode", vae=Link(autoencoder, 0), latent=Link(sampled, 0))
+    frames: dict[str, Any] = {"vae": Link(autoencoder, 0), "latent": Link(sampled, 0)}
+    if plan_link is None:
+        decoded = add("K5VAEDecode", **frames)
+    else:
+        decoded = add("K5VAEDecodeTiled", **frames, mode=AUTO, memory_gb=0.0, keep_latents=KEEP, plan=plan_link)
     if size["length"] == 1:
         add("SaveImage", images=Link(decoded, 0), filename_prefix="kandinsky5")
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kandinsky_core.errors import BudgetError, ShapeError
 from ..kandinsky_core.io.assembly import FrameAssembly, Place
 from ..kandinsky_core.io.image import to_uint8
+from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.shapes import VAE_SPATIAL, pixel_frames
 from ..kandinsky_core.vae.convolution import sound_convolutions
 from ..kandinsky_core.vae.decoding import Decoding
@@ -27,6 +28,7 @@ from ..kandinsky_core.vae.tiling import OnTile
 from .comfy_io import io
 from .host import Workplace, host
 from .latents import KEEP
+from .memory import MemoryPlan
 
 logger = logging.getLogger("kandinsky5")
 
@@ -43,15 +45,18 @@ class Wanted:
 
     mode: str = AUTO
     limit_bytes: int | None = None  # of device memory for weights and work together; None: what is free
+    planned: DecodePlan | None = None  # to begin with, if it is for this latent and fits
 
     @classmethod
-    def of(cls, mode: str, memory_gb: float) -> Wanted:
-        """Read what `memory_inputs` ask for."""
-        return cls(mode=mode, limit_bytes=int(memory_gb * GIB) or None)
+    def of(cls, mode: str, memory_gb: float, plan: Plan | None) -> Wanted:
+        """Read what `memory_inputs` ask for: what is set on the node goes before the plan."""
+        limit_bytes = int(memory_gb * GIB) or (None if plan is None else plan.budget_bytes)
+        planned = None if plan is None or mode != AUTO else plan.decode
+        return cls(mode=mode, limit_bytes=limit_bytes, planned=planned)
 
 
 def memory_inputs() -> list[Any]:
-    """Return the widgets of a decode node: mode, memory_gb, keep_latents."""
+    """Return the last inputs of a decode node: mode, memory_gb, keep_latents, plan."""
     return [
         io.Combo.Input(
             "mode",
@@ -74,6 +79,12 @@ def memory_inputs() -> list[Any]:
             min=0,
             max=10000,
             tooltip="The latent is written to output/latents before decoding; so many of them are kept. 0: none.",
+        ),
+        MemoryPlan.Input(
+            "plan",
+            optional=True,
+            tooltip="From Kandinsky 5 Memory Plan: decodes as planned, within its budget. 'mode' and 'memory_gb' "
+            "go before it where they are set.",
         ),
     ]
 
@@ -182,6 +193,11 @@ class _Work:
         self, latent_thw: tuple[int, int, int], free_bytes: int | None, *, announce: bool = False
     ) -> DecodePlan:
         """Return the best plan that fits; if none does, the least: estimates are careful, and there is a way on."""
+        if (planned := self.wanted.planned) is not None:
+            if (reason := self._misfit(planned, latent_thw, free_bytes)) is None:
+                return planned
+            if announce:
+                self._announce(f"The memory plan's way to decode ({planned}) {reason}: planned anew in its budget.")
         kind = {"itemsize": self.place.dtype.itemsize, "mode": self.wanted.mode}
         try:
             return plan_decode(self.spec, latent_thw, free_bytes=free_bytes, **kind)
@@ -192,6 +208,18 @@ class _Work:
             if announce:
                 self._announce(f"{error} Trying the least plan.")
             return min(plans, key=lambda plan: plan.peak_bytes)
+
+    def _misfit(
+        self, planned: DecodePlan, latent_thw: tuple[int, int, int], free_bytes: int | None
+    ) -> str | None:
+        """Say why the plan that was made beforehand is not the one to take, or None."""
+        if tuple(planned.latent_thw) != latent_thw:
+            return f"is for a latent of {planned.latent_thw} frames, rows and columns, not {latent_thw}"
+        if planned.itemsize < self.place.dtype.itemsize:
+            return f"counts with {planned.itemsize} bytes a value, and this VAE computes in {self.place.dtype}"
+        if free_bytes is not None and needed_bytes(planned.peak_bytes) > free_bytes:
+            return f"does not fit in the {free_bytes / GIB:.2f} GiB that may be used now"
+        return None
 
     def _clip(self, index: int, plan: DecodePlan) -> DecodePlan:
         place = self.place

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kandinsky_core.errors import KandinskyError, ShapeError
+from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.shapes import MULTIPLE_PX, VAE_TEMPORAL, snap_frames, snap_side
 from ..kandinsky_core.vae.plan import REFERENCE
 from .comfy_io import io
@@ -102,11 +103,13 @@ class K5VAEDecodeTiled(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int) -> io.NodeOutput:
+    def execute(
+        cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int, plan: Plan | None = None
+    ) -> io.NodeOutput:
         """Decode."""
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
             require_ours(vae)
-            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb))
+            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb, plan))
             return io.NodeOutput(image, f"{report}\n{line}")
 
 

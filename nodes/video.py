@@ -9,6 +9,7 @@ from typing import Any
 from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.io.assembly import FrameAssembly
 from ..kandinsky_core.io.media import CODECS, CONTAINERS, video_writer
+from ..kandinsky_core.memory.plan import Plan
 from .comfy_io import io
 from .decode import Wanted, decode, image_shape, memory_inputs, onto
 from .host import LATENT_FACTS, Latent, host
@@ -95,6 +96,7 @@ class K5DecodeVideo(io.ComfyNode):
         mode: str,
         memory_gb: float,
         keep_latents: int,
+        plan: Plan | None = None,
     ) -> io.NodeOutput:
         """Decode and write; the file appears when the clip is whole."""
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
@@ -108,7 +110,7 @@ class K5DecodeVideo(io.ComfyNode):
                 video_writer(path, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
                 FrameAssembly(shape_THW, write, path.parent) as film,
             ):
-                report = decode(vae, samples, Wanted.of(mode, memory_gb), onto(film))
+                report = decode(vae, samples, Wanted.of(mode, memory_gb, plan), onto(film))
             video, shown = host().video(path, fps=fps, shape_THW=shape_THW)
             return io.NodeOutput(video, f"{report}\n{line}", ui=shown)
 

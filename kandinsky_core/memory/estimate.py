@@ -187,7 +187,7 @@ def encode_stage(job: Job, plan: Plan) -> Stage:
     pixels = RGB * job.shape.width_px * job.shape.height_px
     return Stage(
         name=ENCODE,
-        weight_bytes=_autoencoder_bytes(job, is_decoder=False),
+        weight_bytes=_autoencoder_bytes(job),
         work_bytes=encode.peak_bytes + pixels * job.vae_itemsize,
         host_bytes=pixels * FLOAT,
         flops=cost.encode_flops(job.row.vae, grid) * encode.work,
@@ -234,7 +234,7 @@ def decode_stage(job: Job, plan: Plan) -> Stage:
     frames = RGB * shape.width_px * shape.height_px * shape.frames * job.batch * FLOAT
     return Stage(
         name=DECODE,
-        weight_bytes=_autoencoder_bytes(job, is_decoder=True),
+        weight_bytes=_autoencoder_bytes(job),
         work_bytes=decode.peak_bytes,
         host_bytes=frames,
         flops=cost.decode_flops(job.row.vae, shape.latent_thw) * (decode.work * job.batch),
@@ -245,7 +245,7 @@ def decode_plan(job: Job, plan: Plan) -> DecodePlan:
     """The plan's way to decode, or the best one that its budget has room for."""
     if plan.decode is not None:
         return plan.decode
-    free = plan.budget_bytes - _autoencoder_bytes(job, is_decoder=True)
+    free = plan.budget_bytes - _autoencoder_bytes(job)
     return plan_decode(job.row.vae, job.shape.latent_thw, free_bytes=free, itemsize=job.vae_itemsize)
 
 
@@ -253,13 +253,15 @@ def encode_plan(job: Job, plan: Plan) -> EncodePlan:
     """The plan's way to encode a picture, or the best one that its budget has room for."""
     if plan.encode is not None:
         return plan.encode
-    free = plan.budget_bytes - _autoencoder_bytes(job, is_decoder=False)
+    free = plan.budget_bytes - _autoencoder_bytes(job)
     grid = (1, *job.shape.latent_thw[1:])
     return plan_encode(job.row.vae, grid, free_bytes=free, itemsize=job.vae_itemsize)
 
 
-def _autoencoder_bytes(job: Job, *, is_decoder: bool) -> int:
-    return cost.autoencoder_parameters(job.row.vae, is_decoder=is_decoder) * job.vae_itemsize
+def _autoencoder_bytes(job: Job) -> int:
+    """Both halves: an autoencoder is loaded as a whole."""
+    halves = (cost.autoencoder_parameters(job.row.vae, is_decoder=is_decoder) for is_decoder in (False, True))
+    return sum(halves) * job.vae_itemsize
 
 
 def _forward(job: Job, plan: Plan, batch: int) -> Forward:

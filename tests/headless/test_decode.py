@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
 from comfyui_kandinsky5.kandinsky_core.io.media import read_video
+from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.vae import decoding
-from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
+from comfyui_kandinsky5.kandinsky_core.vae.plan import (
+    LATE_TILE,
+    REFERENCE,
+    SINGLE_PASS,
+    STREAM,
+    DecodePlan,
+    decode_plans,
+    needed_bytes,
+    plan_decode,
+)
 from comfyui_kandinsky5.nodes import host_standalone
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.vae import K5VAEDecodeTiled
@@ -21,6 +31,7 @@ from comfyui_kandinsky5.nodes.video import FPS, K5DecodeVideo, frame_rate
 from torch.testing import assert_close
 
 LATENT = torch.randn(1, 16, 6, 6, 8, generator=torch.Generator().manual_seed(0))
+THW = tuple(LATENT.shape[2:])
 EXACT = {"atol": 1e-5, "rtol": 0}  # float32 rounding of another order of summation
 
 
@@ -79,6 +90,42 @@ def test_every_mode_gives_the_frames_and_says_how(vae, mode):
     assert image.shape == (21, 48, 64, 3) and 0 <= image.min() < image.max() <= 1
     plan = {"auto": STREAM}.get(mode, mode)
     assert report.startswith(f"21 frames of 64 × 48: {plan}: ") and "not measured on this device" in report
+
+
+def planned(budget_bytes, latent_thw=THW, **how):
+    """A memory plan whose decode is as asked for."""
+    how = {"free_bytes": budget_bytes, "itemsize": 4} | how
+    return Plan(budget_bytes=budget_bytes, decode=plan_decode(tiny.VIDEO_VAE_SPEC, latent_thw, **how))
+
+
+def test_a_memory_plan_says_how_to_decode(vae, known):
+    plan = planned(2**30, mode=LATE_TILE, chunk=1, tiles=(2, 2))
+    image, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 0, plan).result
+    assert f"64 × 48: {plan.decode}\n" in report and "2 x 2 tiles" in report
+    assert_close(image, known, **EXACT)
+
+
+def test_what_is_set_on_the_node_goes_before_the_memory_plan(vae):
+    plan = planned(2**30, mode=LATE_TILE, tiles=(2, 2))
+    _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, SINGLE_PASS, 0.0, 0, plan).result
+    assert f": {SINGLE_PASS}: " in report
+
+
+def test_a_memory_plan_for_another_latent_still_gives_its_budget(vae, host):
+    weights = sum(weight.nbytes for weight in host.workplace(vae).network.parameters())
+    least = min(plan.peak_bytes for plan in decode_plans(tiny.VIDEO_VAE_SPEC, THW, 4))
+    plan = planned(weights + needed_bytes(least), latent_thw=(2, 6, 8), mode=LATE_TILE)
+    _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 0, plan).result
+    assert "is for a latent of (2, 6, 8) frames, rows and columns, not (6, 6, 8): planned anew" in report
+    assert f"peak {least / 2**30:.2f} GiB" in report.splitlines()[1]
+
+
+def test_a_memory_plan_that_does_not_fit_any_more_is_made_anew(vae, host, monkeypatch):
+    plan = planned(2**30, mode=STREAM, chunk=4)
+    free = needed_bytes(plan.decode.peak_bytes) - 1
+    monkeypatch.setattr(host_standalone.StandaloneWorkplace, "free_bytes", lambda _: free)
+    _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 0, plan).result
+    assert "does not fit in the" in report and str(plan.decode) not in report.splitlines()[1]
 
 
 def test_clips_of_a_batch_follow_each_other(vae):

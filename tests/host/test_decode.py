@@ -81,6 +81,16 @@ def report_of(server, graph, name="decode", slot=1):
     return entry["outputs"]["told"]["text"][0]
 
 
+def test_a_memory_plan_reaches_the_decoder(server):
+    settings = {"budget": "12 GB", "custom_gb": 12.0, "attention": "auto", "kept": 0.25, "cfg": -1.0, "steps": 0}
+    settings |= {"resident_blocks": -1, "prefetch": -1, "hidden_pieces": 0, "head_groups": 0, "stream_text": "auto"}
+    settings |= {"decode_mode": "late-tile", "measure": False, "width": 64, "height": 64, "length": 1, "batch_size": 1}
+    graph = text_to_video(seed=24, length=25)
+    graph |= {"plan": node("K5MemoryPlan", model=["model", 0], latent=["empty", 0], **settings)}
+    assert "25 frames of" in (report := report_of(server, graph | {"decode": tiled(plan=["plan", 1])}))
+    assert ": late-tile: " in report.splitlines()[0]
+
+
 @pytest.mark.parametrize("mode", ["reference", "stream", "late-tile", "single-pass"])
 def test_every_mode_is_that_of_the_standalone_host(server, saved, mode, tmp_path, monkeypatch):
     graph = text_to_video(seed=23, length=25) | {"decode": tiled(mode=mode)}
