@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kandinsky_core.errors import BudgetError, ShapeError
+from ..kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
 from ..kandinsky_core.io.assembly import FrameAssembly, Place
 from ..kandinsky_core.io.image import to_uint8
 from ..kandinsky_core.memory.plan import Plan
@@ -193,11 +193,12 @@ class _Work:
         self, latent_thw: tuple[int, int, int], free_bytes: int | None, *, announce: bool = False
     ) -> DecodePlan:
         """Return the best plan that fits; if none does, the least: estimates are careful, and there is a way on."""
-        if (planned := self.wanted.planned) is not None:
-            if (reason := self._misfit(planned, latent_thw, free_bytes)) is None:
-                return planned
-            if announce:
-                self._announce(f"The memory plan's way to decode ({planned}) {reason}: planned anew in its budget.")
+        if self.wanted.planned is not None:
+            try:
+                return self._as_planned(self.wanted.planned, latent_thw, free_bytes)
+            except KandinskyError as error:
+                if announce:
+                    self._announce(f"Not decoded as the memory plan says. {error} Planned anew within its budget.")
         kind = {"itemsize": self.place.dtype.itemsize, "mode": self.wanted.mode}
         try:
             return plan_decode(self.spec, latent_thw, free_bytes=free_bytes, **kind)
@@ -209,17 +210,18 @@ class _Work:
                 self._announce(f"{error} Trying the least plan.")
             return min(plans, key=lambda plan: plan.peak_bytes)
 
-    def _misfit(
+    def _as_planned(
         self, planned: DecodePlan, latent_thw: tuple[int, int, int], free_bytes: int | None
-    ) -> str | None:
-        """Say why the plan that was made beforehand is not the one to take, or None."""
+    ) -> DecodePlan:
+        """Return the planned way with the bytes of this VAE; raise if it is for another latent or does not fit."""
         if tuple(planned.latent_thw) != latent_thw:
-            return f"is for a latent of {planned.latent_thw} frames, rows and columns, not {latent_thw}"
-        if planned.itemsize < self.place.dtype.itemsize:
-            return f"counts with {planned.itemsize} bytes a value, and this VAE computes in {self.place.dtype}"
-        if free_bytes is not None and needed_bytes(planned.peak_bytes) > free_bytes:
-            return f"does not fit in the {free_bytes / GIB:.2f} GiB that may be used now"
-        return None
+            raise ShapeError(
+                f"It is for a latent of {planned.latent_thw} frames, rows and columns; this one has {latent_thw}."
+            )
+        return plan_decode(
+            self.spec, latent_thw, free_bytes=free_bytes, itemsize=self.place.dtype.itemsize, mode=planned.mode,
+            chunk=planned.chunk, tiles=planned.tiles,
+        )  # fmt: skip
 
     def _clip(self, index: int, plan: DecodePlan) -> DecodePlan:
         place = self.place
