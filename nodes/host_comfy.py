@@ -283,7 +283,9 @@ def _listed(folder: str) -> list[str]:
     names = folder_paths.get_filename_list(folder)
     if folder in GGUF_FOLDERS:
         key = f"kandinsky5_gguf_{folder}"
-        folder_paths.folder_names_and_paths[key] = (folder_paths.get_folder_paths(folder), {GGUF_SUFFIX})
+        places = folder_paths.get_folder_paths(folder)  # may grow while the server runs
+        if folder_paths.folder_names_and_paths.get(key, ([], set()))[0] != places:
+            folder_paths.folder_names_and_paths[key] = (places, {GGUF_SUFFIX})
         names = names + folder_paths.get_filename_list(key)
     return [Path(name).as_posix() for name in names]
 

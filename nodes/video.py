@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ..kandinsky_core.errors import KandinskyError
 from ..kandinsky_core.io.assembly import FrameAssembly
 from ..kandinsky_core.io.media import CODECS, CONTAINERS, video_writer
+from ..kandinsky_core.io.whole_file import partial_folder
 from ..kandinsky_core.memory.plan import Plan
 from .comfy_io import io
 from .decode import Wanted, decode, image_shape, memory_inputs, onto
@@ -104,13 +107,17 @@ class K5DecodeVideo(io.ComfyNode):
             samples = latent["samples"]
             fps = fps or frame_rate(latent.get(LATENT_FACTS, {}))
             shape_THW = image_shape(samples)
-            path = host().new_path(filename_prefix, f".{format}", *shape_THW[:0:-1])
+            name = partial(host().new_path, filename_prefix, f".{format}", *shape_THW[:0:-1])
             metadata = host().provenance(cls.hidden)
-            with (
-                video_writer(path, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
-                FrameAssembly(shape_THW, write, path.parent) as film,
-            ):
-                report = decode(vae, samples, Wanted.of(mode, memory_gb, plan), onto(film))
+            with partial_folder(name().parent) as folder:
+                draft = folder / f"clip.{format}"
+                with (
+                    video_writer(draft, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
+                    FrameAssembly(shape_THW, write, folder) as film,
+                ):
+                    report = decode(vae, samples, Wanted.of(mode, memory_gb, plan), onto(film))
+                path = name()  # only now: another run may have taken the number meanwhile
+                os.replace(draft, path)
             video, shown = host().video(path, fps=fps, shape_THW=shape_THW)
             return io.NodeOutput(video, f"{report}\n{line}", ui=shown)
 

@@ -259,6 +259,16 @@ def test_a_clip_in_a_file_has_the_frames_of_the_images(vae, host, mode):
     assert [path.name for path in clip.path.parent.iterdir()] == ["x_00001_.mkv"]
 
 
+def test_a_number_taken_meanwhile_is_left_alone(vae, host):
+    def take(done, total):
+        (host.output / "x_00001_.mp4").write_text("another run's clip")
+
+    host.on_progress = take
+    out = K5DecodeVideo.execute(vae, {"samples": LATENT}, 8.0, "x", "mp4", "h264", 14.0, "auto", 0.0, 0)
+    assert out.result[0].path == host.output / "x_00002_.mp4" and out.result[0].path.stat().st_size > 100
+    assert (host.output / "x_00001_.mp4").read_text() == "another run's clip"
+
+
 def test_cancelling_leaves_the_latent_and_no_half_file(vae, host):
     def cancel(done, total):
         if done > 40:
