@@ -8,15 +8,10 @@ L text tokens, D text width, P pooled width.
 
 from __future__ import annotations
 
-import gc
-import logging
-import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +19,25 @@ import torch
 from torch import Tensor
 
 from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
-from ..kandinsky_core.io import identify, load_crossdit, load_vae, open_checkpoint
-from ..kandinsky_core.io.mapped import mapping_dtype
-from ..kandinsky_core.io.quant import FLOATS, packed_formats
+from ..kandinsky_core.io import load_vae, open_checkpoint
+from ..kandinsky_core.io.quant import packed_formats
 from ..kandinsky_core.memory.estimate import precision_of
 from ..kandinsky_core.memory.measurement import Measurement, free_bytes
 from ..kandinsky_core.memory.plan import Plan
-from ..kandinsky_core.memory.ram import free_ram_bytes
 from ..kandinsky_core.memory.stream import BlockStream
-from ..kandinsky_core.model import CrossDiT, dense
-from ..kandinsky_core.packed.nf4 import NF4 as NF4_BLOCKS
-from ..kandinsky_core.sampling import Known, TextCondition, guide, noise, sample, velocity_of
-from ..kandinsky_core.sampling.flow import Velocity
-from ..kandinsky_core.sampling.streaming import (
-    regime_of,
-    stream_transformer,
-    streams_blocks,
-    tabulate,
-    weight_dtypes,
-)
-from ..kandinsky_core.sparse.nabla import AttentionRun, options
-from ..kandinsky_core.text import TextEncoder, load_text_encoder
+from ..kandinsky_core.sampling import noise, sample
+from ..kandinsky_core.sparse.nabla import AttentionRun
 from ..kandinsky_core.text.cache import EmbeddingCache, encode_cached, encoder_hash
 from ..kandinsky_core.variants import Variant
+from . import standalone_model, standalone_text
 from .encode import PERCENT, encode
 from .files import is_model_folder
 from .host import (
     GGUF_FOLDERS,
     GGUF_SUFFIX,
-    KNOWN_EDIT,
-    KNOWN_FRAMES,
     LATENTS,
     NF4,
-    SPARSE_HINT,
     WEIGHTS_SUFFIXES,
-    Conditioning,
     EncodedText,
     Host,
     LoadedModel,
@@ -71,57 +50,18 @@ from .host import (
     cut_note,
     shown,
 )
+from .standalone_device import DTYPES, device_of, dtype_of
+from .standalone_model import ModelHandle
 from .standalone_output import Clip, free_paths
-
-logger = logging.getLogger("kandinsky5")
+from .standalone_text import TextHandle
+from .standalone_vae import StandaloneWorkplace, VAEHandle
 
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
-PINNED_SHARE = 0.5  # of the free main memory: page-locked copies of streamed blocks may take it
-TEXT_ROOM_BYTES = 1_000_000_000  # CLIP and what a prompt needs while it is encoded
-CPU_FLOAT32_BYTES = 1_000_000_000  # weights up to this size are widened on a processor, where float32 is the sure way
-FLOAT16_NOTE = (
-    "Matrices and attention are float16; the residual stream, modulation and norms are float32, since their values "
-    "pass float16's range. If float16 still overflows, sampling says so."
-)
 ONLY_IN_COMFYUI = {  # keys of a latent that change the result there, and what to do without them
     "noise_mask": "take the mask off the latent",
     "batch_index": "leave out the node that picks from a batch",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelHandle:
-    """MODEL: a transformer file and the table row it runs as."""
-
-    path: Path
-    variant: Variant
-    dtype: torch.dtype
-    attention: AttentionRun | None = field(default=None, compare=False)  # the weights are the same with and without
-    plan: Plan | None = None  # None: all weights on the device
-    measures: bool = field(default=False, compare=False)  # count tensors on a processor
-
-
-@dataclass(frozen=True, slots=True)
-class TextHandle:
-    """CLIP: the two text encoders' files."""
-
-    qwen: Path
-    clip: Path
-    tokenizer: Path | None
-    dtype: torch.dtype
-    plan: Plan | None = None  # None: all weights on the device
-    nf4: bool = False  # Qwen's linear weights packed into four bits
-
-
-@dataclass(frozen=True, slots=True)
-class VAEHandle:
-    """VAE: an autoencoder file."""
-
-    path: Path
-    kind: str
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +89,12 @@ class StandaloneHost(Host):
         """
         self.models = (models or Path(os.environ.get(MODELS_VARIABLE) or "models")).absolute()
         self.output = output or Path("output")
-        self.device = _device(device)
+        self.device = device_of(device)
         self.on_progress = on_progress
         self.running = Running()
         self.facts: dict[str, dict[str, Any]] = {}  # what was loaded and sampled, by the node that did it
         self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
-        self._resident: tuple[Hashable, Any] | None = None
-        self._streams: list[BlockStream] = []  # of what is loaded
+        self._resident: tuple[Hashable, Any, Sequence[BlockStream]] | None = None
         self._measured: Measured | None = None
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -221,40 +160,23 @@ class StandaloneHost(Host):
 
     def load_model(self, path: Path, *, variant: str | None, dtype: str) -> LoadedModel:
         """Recognise a transformer file; its weights are read when the sampler needs them."""
-        checkpoint = open_checkpoint(path)
-        identity = identify(checkpoint, variant)
-        lacks_bf16 = dtype == "auto" and not _has_bf16(self.device)
-        handle = ModelHandle(path, identity.variant, torch.float16 if lacks_bf16 else self._dtype(dtype, path))
-        row = identity.variant
-        self._record(model=path.name, variant=row.name, dtype=str(handle.dtype).removeprefix("torch."))
-        report = (
-            f"{row.title}\n{identity.hint}\n"
-            f"Preset: {row.steps} steps, guidance {row.guidance:g}, shift {row.shift:g}.\n"
-            f"Runs on {self.device} in {handle.dtype}."
-        )
-        if packed := packed_formats(checkpoint):
-            report += f" Packed weights stay as they are stored: {', '.join(packed)}."
-        if lacks_bf16:
-            report += f" ({self.device} does not compute in bfloat16.)"
-        if handle.dtype == torch.float16:
-            report += f"\n{FLOAT16_NOTE}"
-        if row.attention.kind != "full":
-            report += f"\n{SPARSE_HINT}"
-        return LoadedModel(handle, row, report)
+        loaded = standalone_model.recognised(path, variant, dtype, self.device)
+        held = str(loaded.model.dtype).removeprefix("torch.")
+        self._record(model=path.name, variant=loaded.variant.name, dtype=held)
+        return loaded
 
     def load_clip(self, qwen: Path, clip: Path, *, tokenizer: Path | None, dtype: str) -> TextHandle:
         """Name both text encoders; they are read when a prompt is encoded."""
         self._record(text_encoders=[qwen.name, clip.name])
         nf4 = dtype == NF4
-        return TextHandle(
-            qwen, clip, tokenizer, self._dtype("auto" if nf4 else dtype, qwen, part="text_encoder"), nf4=nf4
-        )
+        held = dtype_of("auto" if nf4 else dtype, qwen, self.device, part="text_encoder")
+        return TextHandle(qwen, clip, tokenizer, held, nf4=nf4)
 
     def load_vae(self, path: Path, *, dtype: str) -> VAEHandle:
         """Recognise an autoencoder file; its weights are read when something is encoded or decoded."""
         self._record(vae=path.name)
         spec = load_vae(path, check_finite=False).spec  # maps the weights, reads none of them
-        return VAEHandle(path, spec.kind, self._dtype(dtype, path, part="vae"))
+        return VAEHandle(path, spec.kind, dtype_of(dtype, path, self.device, part="vae"))
 
     def variant_of(self, model: Any) -> Variant | None:
         """Return the table row of a MODEL handle."""
@@ -272,69 +194,23 @@ class StandaloneHost(Host):
         """Return the kind of a VAE handle."""
         return VAEFacts(vae.kind, vae.path.name) if isinstance(vae, VAEHandle) else None
 
-    def _dtype(self, name: str, path: Path, part: str = "transformer") -> torch.dtype:
-        if name == "auto":
-            is_small = self.device.type == "cpu" and open_checkpoint(path, part=part).nbytes <= CPU_FLOAT32_BYTES
-            return torch.float32 if is_small else torch.bfloat16
-        if name == NF4:
-            raise BackendUnavailable(f"dtype '{NF4}' is for the text encoder only. Convert a transformer instead.")
-        if name not in DTYPES:
-            raise BackendUnavailable(
-                f"dtype '{name}' works inside ComfyUI only. Outside it use one of: auto, {', '.join(DTYPES)}."
-            )
-        return DTYPES[name]
-
-    def _load(self, handle: Hashable, load: Callable[[], Any]) -> Any:
+    def _load(self, handle: Hashable, load: Callable[[], tuple[Any, Sequence[BlockStream]]]) -> Any:
         """Return what `handle` stands for, dropping what was loaded before: one heavy model in memory at a time."""
         if self._resident is None or self._resident[0] != handle:
             self._drop()  # freed before the next one is read
-            self._resident = (handle, load())
+            self._resident = (handle, *load())
         return self._resident[1]
+
+    @property
+    def streams(self) -> Sequence[BlockStream]:
+        """Return what brings weights of the loaded model to the device while it works."""
+        return () if self._resident is None else self._resident[2]
 
     def _drop(self) -> None:
         """Give back what was loaded; a stream and its model hold each other, so it is taken off first."""
-        while self._streams:
-            self._streams.pop().close()
+        for stream in self.streams:
+            stream.close()
         self._resident = None
-
-    def _transformer(self, model: ModelHandle) -> CrossDiT:
-        """Load a transformer as its plan says: onto the device, or mapped with blocks that visit it."""
-        row, streams = model.variant, streams_blocks(model.variant.spec, model.plan)
-        if streams or model.dtype == torch.float16:  # float16 is not for all weights
-            dtype = mapping_dtype(open_checkpoint(model.path), model.dtype)
-            transformer = load_crossdit(model.path, variant=row.name, dtype=dtype).model
-            self._streams.append(stream_transformer(
-                transformer, model.plan or Plan(budget_bytes=0), self.device, lean=streams,
-                dtype_of=weight_dtypes(transformer, model.dtype), pinned_bytes=int(free_ram_bytes() * PINNED_SHARE),
-            ))  # fmt: skip
-        else:
-            transformer = load_crossdit(model.path, variant=row.name, dtype=model.dtype, device=self.device).model
-        transformer.set_regime(regime_of(model.plan, model.dtype))
-        return transformer
-
-    def _text_encoder(self, clip: TextHandle) -> TextEncoder:
-        streamed = self._streams_text(clip)
-        # No page-locked copies: a prompt reads every layer once or twice, and making them would read all of them, too.
-        encoder = load_text_encoder(
-            clip.qwen, clip.clip, tokenizer_path=clip.tokenizer, dtype=clip.dtype, nf4=clip.nf4, device=self.device,
-            streamed=streamed, prefetch=1 if clip.plan is None else clip.plan.prefetch,
-        )  # fmt: skip
-        self._streams += encoder.streams
-        return encoder
-
-    def _streams_text(self, clip: TextHandle) -> bool:
-        """Whether layers of the text encoder travel: as its plan says, without one if they do not fit as a whole."""
-        if clip.plan is not None:
-            return clip.plan.streams_text
-        needed = _text_bytes(clip) + TEXT_ROOM_BYTES
-        free = free_bytes(self.device)  # 0 where the device does not tell
-        if needed <= free or not free:
-            return False
-        logger.info(
-            "%s needs %.1f GB, %.1f GB are free on %s: its layers visit it one by one, with the same result.",
-            clip.qwen.name, needed / 1e9, free / 1e9, self.device,
-        )  # fmt: skip
-        return True
 
     # -- memory -----------------------------------------------------------------------------------------------
 
@@ -386,7 +262,7 @@ class StandaloneHost(Host):
         text = encode_cached(
             EmbeddingCache(self.directory("cache") / "text"),
             encoder_hash(clip.qwen, clip.clip, **options),
-            lambda: self._load(clip, lambda: self._text_encoder(clip)),
+            lambda: self._load(clip, lambda: standalone_text.load(clip, self.device)),
             prompt,
             template,
             images=shown(images),
@@ -410,14 +286,13 @@ class StandaloneHost(Host):
                     f"Run this in ComfyUI, or {remedy}."
                 )
         row = model.variant
-        transformer = self._load(model, lambda: self._transformer(model))
+        transformer = self._load(model, lambda: standalone_model.load(model, self.device))
         raw = request.latent["samples"]
         is_image = raw.ndim == 4
         raw_BCTHW = raw.unsqueeze(2) if is_image else raw
         start_BCTHW = raw_BCTHW.to(self.device, torch.float32) * row.vae.scaling_factor
-        known = self._known(request.positive, row)
-        rope_scale = row.rope_at(*start_BCTHW.shape[3:])
-        velocity = self._guided(transformer, model, request, known, rope_scale, len(start_BCTHW))
+        known = standalone_model.known(request.positive, row, self.device)
+        velocity = standalone_model.guided(transformer, model, request, start_BCTHW, known)
         steps = len(request.sigmas) - 1
         self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
         progress = self.progress(steps)
@@ -439,48 +314,14 @@ class StandaloneHost(Host):
         out = (x_BCTHW / row.vae.scaling_factor).cpu()
         return out.squeeze(2) if is_image else out
 
-    def _guided(
-        self, transformer: Any, model: ModelHandle, request: SampleRequest, known: Known,
-        rope_scale: tuple[float, float, float], batch: int,
-    ) -> Velocity:  # fmt: skip
-        run, blocks = model.attention, model.variant.spec.num_visual_blocks
-        texts = [_text(given) for given in (request.positive, request.negative) if given is not None]
-        # The weights of the modulation do not travel: their vectors are known before the first step.
-        table = None if not streams_blocks(model.variant.spec, model.plan) else tabulate(
-            transformer, request.sigmas[:-1], texts, self.device, batch=batch, dtype=model.dtype,
-            dtype_of=weight_dtypes(transformer, model.dtype),
-        )  # fmt: skip
-
-        def velocity(place: int) -> Velocity:
-            def at(token_thw: tuple[int, int, int], t: Tensor) -> dict[str, object]:
-                found = {} if run is None else options(
-                    run.forward(token_thw, blocks, float(t), self.device), blocks, dense
-                )  # fmt: skip
-                return found if table is None else found | {"modulate": table.at((float(t), place))}
-
-            return velocity_of(
-                transformer, texts[place], dtype=model.dtype, rope_scale=rope_scale, known=known, options_at=at
-            )  # fmt: skip
-
-        if run is not None:
-            run.begin(request.sigmas.tolist())
-        return guide(velocity(0), velocity(1) if len(texts) > 1 else None, request.guidance)
-
-    def _known(self, conditioning: Conditioning, row: Variant) -> Known:
-        def given(key: str) -> Tensor | None:
-            raw = conditioning[0][1].get(key)
-            return None if raw is None else raw.to(self.device, torch.float32) * row.vae.scaling_factor
-
-        edit_BCHW = given(KNOWN_EDIT)
-        return Known(given(KNOWN_FRAMES), None if edit_BCHW is None else edit_BCHW.unsqueeze(2))
-
     def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:
         """Encode a clip or pictures."""
         return encode(self.workplace(vae), image_THWC, self.progress(PERCENT).tick)
 
     def workplace(self, vae: VAEHandle) -> Workplace:
         """Return the autoencoder on the device; what was there before is dropped."""
-        return StandaloneWorkplace(self, vae)
+        network = self._load(vae, lambda: (load_vae(vae.path, dtype=vae.dtype, device=self.device).vae, ()))
+        return StandaloneWorkplace(network, self.device, vae.dtype, self._drop)
 
     def progress(self, total: int) -> Progress:
         """Start a progress bar; cancelling is Python's own KeyboardInterrupt."""
@@ -505,77 +346,6 @@ class StandaloneHost(Host):
             self.on_progress(done, total)
 
 
-class StandaloneWorkplace(Workplace):
-    """An autoencoder alone on the host's device."""
-
-    def __init__(self, host: StandaloneHost, vae: VAEHandle) -> None:
-        self._host = host
-        self.device, self.dtype = host.device, vae.dtype
-        self.network = host._load(vae, lambda: load_vae(vae.path, dtype=vae.dtype, device=host.device).vae)
-
-    def make_room(self, needed_bytes: int) -> None:
-        """Nothing is there besides."""
-
-    def free_bytes(self) -> int:
-        """Return what the device has left beside the weights, which stay."""
-        memory = getattr(torch, self.device.type, None)
-        held = memory.memory_allocated(self.device) if hasattr(memory, "memory_allocated") else 0
-        return max(0, self._host.free_bytes() - held)
-
-    def release(self) -> None:
-        """Collect what is unreachable and return cached blocks."""
-        gc.collect()
-        memory = getattr(torch, self.device.type, None)  # not all devices have a module
-        if hasattr(memory, "empty_cache"):
-            memory.empty_cache()
-
-    def to_processor(self) -> None:
-        """Move the weights; the next work loads them on the device again."""
-        self._host._drop()
-        self.network.to("cpu")
-        self.device = torch.device("cpu")
-        self.release()
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the named device, or the accelerator if there is one, else the processor."""
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendUnavailable(
-            f"Device '{name}' cannot be used here: {reason}. Leave it out to choose one."
-        ) from error
-    return device
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 by itself; what does not say so does."""
-    module = getattr(torch, device.type, None)
-    ask = getattr(module, "is_bf16_supported", None)
-    if ask is None:
-        return True
-    with module.device(device) if hasattr(module, "device") else nullcontext():  # it asks the current one
-        tells_emulation = "including_emulation" in signature(ask).parameters  # not every back-end
-        return ask(including_emulation=False) if tells_emulation else ask()
-
-
-def _text_bytes(clip: TextHandle) -> int:
-    """Return what Qwen's weights take once they are loaded: packed ones as they are stored, the rest in `dtype`."""
-    total = 0.0
-    for name, info in open_checkpoint(clip.qwen, part="text_encoder").tensors.items():
-        if clip.nf4 and len(info.shape) == 2 and "embed" not in name:  # linear layers
-            total += math.prod(info.shape) * NF4_BLOCKS.nbytes / NF4_BLOCKS.elements
-        elif info.dtype in FLOATS:
-            total += math.prod(info.shape) * clip.dtype.itemsize
-        else:
-            total += info.nbytes
-    return int(total)
-
-
 def _version() -> str:
     try:
         return metadata.version("kandinsky5")
@@ -586,13 +356,3 @@ def _version() -> str:
 def _in_model_folder(path: Path, root: Path) -> bool:
     """Whether a weights file is a part of a model folder, which is listed by its own name."""
     return path.parent != root and is_model_folder(path.parent)
-
-
-def _text(conditioning: Conditioning) -> TextCondition:
-    if len(conditioning) != 1:
-        raise KandinskyError(
-            f"The conditioning has {len(conditioning)} parts; outside ComfyUI the sampler takes one. "
-            "Do not combine prompts."
-        )
-    features_BLD, extra = conditioning[0]
-    return TextCondition(features_BLD, extra["pooled_output"])

@@ -24,7 +24,7 @@ from comfyui_kandinsky5.kandinsky_core.vae.plan import (
     needed_bytes,
     plan_decode,
 )
-from comfyui_kandinsky5.nodes import host_standalone
+from comfyui_kandinsky5.nodes import standalone_vae
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.vae import K5VAEDecodeTiled
 from comfyui_kandinsky5.nodes.video import FPS, K5DecodeVideo, frame_rate
@@ -124,7 +124,7 @@ def test_a_memory_plan_that_does_not_fit_any_more_is_made_anew(vae, host, monkey
     plan = planned(2**30, mode=STREAM, chunk=4)
     ways = decode_plans(tiny.VIDEO_VAE_SPEC, THW, 4, STREAM)
     free = min(needed_bytes(way.peak_bytes) for way in ways if way.chunk == 4) - 1
-    monkeypatch.setattr(host_standalone.StandaloneWorkplace, "free_bytes", lambda _: free)
+    monkeypatch.setattr(standalone_vae.StandaloneWorkplace, "free_bytes", lambda _: free)
     _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 0, plan).result
     assert "Not decoded as the memory plan says. Decoding " in report and "Planned anew" in report
     assert "stream: 4 latent frames" not in report.splitlines()[1]
@@ -163,14 +163,14 @@ def test_running_out_while_statistics_are_sampled_samples_again(vae, monkeypatch
 def test_the_ladder_ends_on_the_processor_with_the_same_picture(vae, known, monkeypatch, host):
     scarce = Scarce(monkeypatch, after=3, attempts=1000)
     moved = []
-    real = host_standalone.StandaloneWorkplace.to_processor
+    real = standalone_vae.StandaloneWorkplace.to_processor
 
     def to_processor(place):
         moved.append(scarce.failures)
         scarce.attempts = 0
         real(place)
 
-    monkeypatch.setattr(host_standalone.StandaloneWorkplace, "to_processor", to_processor)
+    monkeypatch.setattr(standalone_vae.StandaloneWorkplace, "to_processor", to_processor)
     image, report = decode_images(vae, LATENT, Wanted())
     assert_close(image, known, **EXACT)
     rungs = re.findall(r"Going on from there with ([a-z-]+): .*", report)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import BackendUnavailable
-from comfyui_kandinsky5.nodes import host_standalone
+from comfyui_kandinsky5.nodes import standalone_model
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.host import SampleRequest
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
@@ -66,14 +66,14 @@ def test_the_text_encoder_is_gone_before_the_sampler_loads(host, models, clip, m
     text = host.encode_text(clip, "a", template="video", max_tokens=16).conditioning
     encoder = weakref.ref(host._resident[1])
     alive_at_load = []
-    real = host_standalone.load_crossdit
+    real = standalone_model.load_crossdit
 
     def watched(*arguments, **options):
         gc.collect()
         alive_at_load.append(encoder() is not None)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(host_standalone, "load_crossdit", watched)
+    monkeypatch.setattr(standalone_model, "load_crossdit", watched)
     model = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="auto").model
     assert alive_at_load == []
     for seed in (0, 1):

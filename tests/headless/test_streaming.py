@@ -10,7 +10,7 @@ import torch
 from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
 from comfyui_kandinsky5.kandinsky_core.io.convert import convert
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
-from comfyui_kandinsky5.nodes import host_standalone
+from comfyui_kandinsky5.nodes import host_standalone, standalone_model, standalone_text
 from comfyui_kandinsky5.nodes.host import SampleRequest
 
 STREAMED = Plan(budget_bytes=1 << 30, resident_blocks=0, streams_text=True)
@@ -44,16 +44,16 @@ def request(texts, batch=1):
 def test_a_streamed_sample_is_the_resident_one(host, models, texts, dtype, resident):
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype=dtype).model
     wanted = host.sample(handle, request(texts, batch=2))
-    assert not host._streams
+    assert not host.streams
     got = host.sample(replace(handle, plan=replace(STREAMED, resident_blocks=resident)), request(texts, batch=2))
     assert torch.equal(got, wanted)
-    assert bool(host._streams) == (resident < 2)
+    assert bool(host.streams) == (resident < 2)
 
 
 def test_modulation_weights_do_not_travel(host, models, texts):
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     host.sample(replace(handle, plan=STREAMED), request(texts))
-    (stream,) = host._streams
+    (stream,) = host.streams
     spec = tiny.VIDEO_SPEC
     modulation = 4 * (spec.time_dim + 1) * spec.model_dim * (6 + 2 * 9)
     transformer = host._resident[1]
@@ -70,7 +70,7 @@ def test_a_streamed_prompt_is_the_resident_one(host, clip, monkeypatch):
     ))  # fmt: skip
     wanted = host.encode_text(clip, "a cat", template="video", max_tokens=32).conditioning
     got = host.encode_text(replace(clip, plan=STREAMED), "a cat", template="video", max_tokens=32).conditioning
-    assert len(host._streams) == 2
+    assert len(host.streams) == 2
     assert torch.equal(got[0][0], wanted[0][0])
     assert torch.equal(got[0][1]["pooled_output"], wanted[0][1]["pooled_output"])
 
@@ -79,9 +79,9 @@ def test_what_is_loaded_next_finds_no_stream_left(host, models, texts):
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     wanted = host.sample(handle, request(texts))
     host.sample(replace(handle, plan=STREAMED), request(texts))
-    (stream,), transformer = host._streams, host._resident[1]
+    (stream,), transformer = host.streams, host._resident[1]
     assert torch.equal(host.sample(handle, request(texts)), wanted)
-    assert not host._streams and not stream.ring_bytes
+    assert not host.streams and not stream.ring_bytes
     assert not any(block._forward_pre_hooks for block in transformer.visual_transformer_blocks)
 
 
@@ -129,7 +129,7 @@ def test_float16_has_a_float32_stream_and_modulation(host, models, texts, plan):
 
 
 def test_a_device_without_bf16_gets_float16_and_says_so(host, models, monkeypatch):
-    monkeypatch.setattr(host_standalone, "_has_bf16", lambda device: False)
+    monkeypatch.setattr(standalone_model, "has_bf16", lambda device: False)
     loaded = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="auto")
     assert loaded.model.dtype is torch.float16
     assert "does not compute in bfloat16" in loaded.report
@@ -150,17 +150,17 @@ def test_packed_weights_travel_packed(host, models, texts, tmp_path, form):
     wanted = host.sample(handle, request(texts))
     got = host.sample(replace(handle, plan=STREAMED), request(texts))
     assert torch.equal(got, wanted)
-    (stream,) = host._streams
+    (stream,) = host.streams
     packed_bytes = stream.pass_bytes
     plain = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     host.sample(replace(plain, plan=STREAMED), request(texts))
-    assert packed_bytes < host._streams[0].pass_bytes / 2
+    assert packed_bytes < host.streams[0].pass_bytes / 2
 
 
 @pytest.mark.parametrize(("free", "streams"), [(0, 0), (1 << 20, 2), (1 << 40, 0)])
 def test_a_text_encoder_that_does_not_fit_is_streamed(host, clip, monkeypatch, caplog, free, streams):
-    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free)
+    monkeypatch.setattr(standalone_text, "free_bytes", lambda device: free)
     with caplog.at_level("INFO", logger="kandinsky5"):
         host.encode_text(clip, "a cat", template="video", max_tokens=32)
-    assert len(host._streams) == streams
+    assert len(host.streams) == streams
     assert ("its layers visit it one by one" in caplog.text) == bool(streams)
