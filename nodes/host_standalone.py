@@ -8,6 +8,7 @@ L text tokens, D text width, P pooled width.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kandinsky_core.errors import BackendUnavailable, KandinskyError
+from ..kandinsky_core.errors import BackendUnavailable, BudgetError, KandinskyError
 from ..kandinsky_core.io import load_vae, open_checkpoint
 from ..kandinsky_core.io.quant import packed_formats
-from ..kandinsky_core.memory.estimate import precision_of
+from ..kandinsky_core.memory.budget import GB, describe_sampling, make_sample_plan, needed
+from ..kandinsky_core.memory.estimate import precision_of, sample_stage
 from ..kandinsky_core.memory.measurement import Measurement, free_bytes
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.stream import BlockStream
@@ -50,11 +52,14 @@ from .host import (
     cut_note,
     shown,
 )
+from .memory import job_of, with_attention
 from .standalone_device import DTYPES, device_of, dtype_of
 from .standalone_model import ModelHandle
 from .standalone_output import Clip, free_paths
 from .standalone_text import TextHandle
 from .standalone_vae import StandaloneWorkplace, VAEHandle
+
+logger = logging.getLogger("kandinsky5")
 
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
@@ -95,6 +100,7 @@ class StandaloneHost(Host):
         self.facts: dict[str, dict[str, Any]] = {}  # what was loaded and sampled, by the node that did it
         self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
         self._resident: tuple[Hashable, Any, Sequence[BlockStream]] | None = None
+        self._planned: tuple[ModelHandle, ModelHandle] | None = None  # what did not fit whole, and its plan
         self._measured: Measured | None = None
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ class StandaloneHost(Host):
                     f"The latent carries '{key}', which the sampler outside ComfyUI does not read. "
                     f"Run this in ComfyUI, or {remedy}."
                 )
-        row = model.variant
+        row, model = model.variant, self._fitting(model, request)
         transformer = self._load(model, lambda: standalone_model.load(model, self.device))
         raw = request.latent["samples"]
         is_image = raw.ndim == 4
@@ -313,6 +319,40 @@ class StandaloneHost(Host):
             )
         out = (x_BCTHW / row.vae.scaling_factor).cpu()
         return out.squeeze(2) if is_image else out
+
+    def _fitting(self, model: ModelHandle, request: SampleRequest) -> ModelHandle:
+        """Give a model that has no plan one if it does not fit as a whole, and say so."""
+        last = None if self._resident is None else self._resident[0]
+        if model.plan is not None or (last == model and self.is_processor):  # there what is loaded is not free
+            return model
+        again = last is not None and (model, last) == self._planned
+        if not again and last != model:
+            self._drop()  # what is free is asked without it
+        tokens = request.positive[0][0].shape[1]
+        job = job_of(model, model.variant, request.latent, request.guidance, tokens)
+        free = last.plan.budget_bytes if again else self.free_bytes()
+        if job is None or not free:  # sizes that are not estimated, devices that do not tell
+            return model
+        job = with_attention(job, model)
+        if again and needed(sample_stage(job, last.plan)) <= free:
+            return replace(model, plan=last.plan)
+        whole = needed(sample_stage(job, Plan(budget_bytes=free)))
+        if whole <= free:
+            return model
+        try:
+            plan = make_sample_plan(job, free)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{error} To try all the same, give a larger budget: --budget, or the node Kandinsky 5 Memory Plan."
+            ) from error
+        how = describe_sampling(job, plan)
+        logger.warning(
+            "%s needs %.1f GB as a whole for this, %.1f GB are free on %s. It runs by a memory plan, with the same "
+            "result. %s.", model.path.name, whole / GB, free / GB, self.device, "; ".join(how),
+        )  # fmt: skip
+        self._record(plan=how)
+        self._planned = (model, replace(model, plan=plan))
+        return self._planned[1]
 
     def vae_encode(self, vae: VAEHandle, image_THWC: Tensor) -> Tensor:
         """Encode a clip or pictures."""

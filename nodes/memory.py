@@ -115,7 +115,7 @@ class K5MemoryEstimate(io.ComfyNode):
             steps=steps or None,
             has_start=start_image or row.needs_image,
         )
-        job = _on_this_device(_with_attention(job, model, attention, kept), budget)
+        job = _on_this_device(with_attention(job, model, attention, kept), budget)
         mode = host().memory_mode()
         report = summary(job, budget_bytes=budget_bytes(budget, custom_gb))
         return io.NodeOutput(f"{report}\nHere weights are moved by: {mode.name} ({mode.note}).")
@@ -201,7 +201,7 @@ class K5MemoryPlan(io.ComfyNode):
             row=_row(model), shape=shape, batch=batch, precision=host().weights_of(model),
             guidance=None if cfg < 0 else cfg, steps=steps or None, is_cpu=host().is_processor,
         )  # fmt: skip
-        job = _with_attention(job, model, attention, kept)
+        job = with_attention(job, model, attention, kept)
         room = budget_bytes(budget, custom_gb)
         fixed: dict[str, Any] = {
             name: value
@@ -255,18 +255,25 @@ def shape_of(latent: Latent) -> tuple[VideoShape, int]:
     )
 
 
+def job_of(model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> Job | None:
+    """Return a sampling run with dense attention as the estimate takes it, None for sizes only the sampler takes."""
+    if any(side % PATCH[1] for side in latent["samples"].shape[-2:]):
+        return None
+    shape, batch = shape_of(latent)
+    return Job(
+        row=row, shape=shape, batch=batch, precision=host().weights_of(model), guidance=guidance, text_tok=tokens,
+        is_cpu=host().is_processor,
+    )  # fmt: skip
+
+
 def memory_line(model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> str:
     """Say what the run that just ended needed, with the estimate beside it; "" when it was not measured."""
     measured = host().measured()
     if measured is None:
         return ""
-    if any(side % PATCH[1] for side in latent["samples"].shape[-2:]):  # the sampler takes them, the estimate does not
+    job = job_of(model, row, latent, guidance, tokens)
+    if job is None:
         return f"memory: {size(measured.peak_bytes)} at the peak"
-    shape, batch = shape_of(latent)
-    job = Job(
-        row=row, shape=shape, batch=batch, precision=host().weights_of(model), guidance=guidance, text_tok=tokens,
-        is_cpu=host().is_processor,
-    )  # fmt: skip
     run = host().attention_of(model)
     if isinstance(run, Nabla) and run.record.attention.kind != "full":
         job = replace(job, kept=run.record.mean_kept)
@@ -284,7 +291,7 @@ def _on_this_device(job: Job, budget: str) -> Job:
     return replace(job, is_cpu=budget == AUTO and host().is_processor)
 
 
-def _with_attention(job: Job, model: Any, attention: str, kept: float) -> Job:
+def with_attention(job: Job, model: Any, attention: str = AUTO, kept: float = KEPT) -> Job:
     """Fill in how much of the attention is computed."""
     if attention == AUTO:
         run = None if model is None else host().attention_of(model)

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import BudgetError, KandinskyError
 from ..shapes import VideoShape, snap_frames, snap_side
 from ..vae.plan import needed_bytes
-from .estimate import PRECISIONS, Job, Stage, decode_plan, encode_plan, estimate, sample_stage, text_stage
+from .estimate import PRECISIONS, Job, Stage, decode_plan, encode_plan, sample_stage, text_stage
 from .plan import Plan
 
 GB = 10**9
@@ -43,6 +43,11 @@ def make_plan(job: Job, budget_bytes: int, fixed: Mapping[str, Any] | None = Non
         plan = replace(plan, encode=encode_plan(job, plan))
     plan = _first_that_fits(job, _sample_plans(job, plan, fixed), sample_stage)
     return replace(plan, decode=decode_plan(job, plan))
+
+
+def make_sample_plan(job: Job, budget_bytes: int) -> Plan:
+    """Choose as `make_plan` does for the sampling alone; text and pixels are left to their own planning."""
+    return _first_that_fits(job, _sample_plans(job, Plan(budget_bytes=budget_bytes), {}), sample_stage)
 
 
 def _text_plans(plan: Plan, fixed: Mapping[str, Any]) -> Iterator[Plan]:
@@ -137,24 +142,31 @@ def cheapest_change(job: Job, budget_bytes: int, fixed: Mapping[str, Any] | None
 
 def describe(job: Job, plan: Plan) -> str:
     """Say what a plan does, one line a choice."""
-    blocks = job.row.spec.num_visual_blocks
-    kept = blocks if plan.resident_blocks is None else min(blocks, plan.resident_blocks)
-    sample = estimate(job, plan).stage("sample")
-    stays = (
-        f"all {blocks} blocks stay on the device"
-        if kept == blocks
-        else f"{kept} of {blocks} blocks stay on the device, {sample.bus_bytes / GB:.1f} GB travel in each step, "
-        f"{plan.prefetch} block(s) ahead"
-    )
     lines = [
         f"Budget: {plan.budget_bytes / GB:.1f} GB",
-        f"Weights: {job.precision}, {stays}",
         f"Text encoder: {'layer by layer' if plan.streams_text else 'as a whole'}",
-        f"Feed-forward: at least {plan.hidden_pieces} piece(s) of the hidden tensor",
-        f"Attention: {'all heads at once' if plan.head_groups == 1 else f'{plan.head_groups} groups of heads'}",
+        *describe_sampling(job, plan),
     ]
     if plan.encode is not None:
         lines.append(f"Encode: {plan.encode}")
     if plan.decode is not None:
         lines.append(f"Decode: {plan.decode}")
     return "\n".join(lines)
+
+
+def describe_sampling(job: Job, plan: Plan) -> list[str]:
+    """Say how a plan samples."""
+    blocks = job.row.spec.num_visual_blocks
+    kept = blocks if plan.resident_blocks is None else min(blocks, plan.resident_blocks)
+    sample = sample_stage(job, plan)
+    stays = (
+        f"all {blocks} blocks stay on the device"
+        if kept == blocks
+        else f"{kept} of {blocks} blocks stay on the device, {sample.bus_bytes / GB:.1f} GB travel in each step, "
+        f"{plan.prefetch} block(s) ahead"
+    )
+    return [
+        f"Weights: {job.precision}, {stays}",
+        f"Feed-forward: at least {plan.hidden_pieces} piece(s) of the hidden tensor",
+        f"Attention: {'all heads at once' if plan.head_groups == 1 else f'{plan.head_groups} groups of heads'}",
+    ]

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from comfyui_kandinsky5.kandinsky_core.errors import KandinskyError
+from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError
 from comfyui_kandinsky5.kandinsky_core.io.convert import convert
+from comfyui_kandinsky5.kandinsky_core.memory.budget import needed
+from comfyui_kandinsky5.kandinsky_core.memory.estimate import sample_stage
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.nodes import host_standalone, standalone_model, standalone_text
 from comfyui_kandinsky5.nodes.host import SampleRequest
+from comfyui_kandinsky5.nodes.memory import job_of
 
 STREAMED = Plan(budget_bytes=1 << 30, resident_blocks=0, streams_text=True)
 SIGMAS = torch.tensor([1.0, 0.8, 0.3, 0.0])
@@ -164,3 +167,41 @@ def test_a_text_encoder_that_does_not_fit_is_streamed(host, clip, monkeypatch, c
         host.encode_text(clip, "a cat", template="video", max_tokens=32)
     assert len(host.streams) == streams
     assert ("its layers visit it one by one" in caplog.text) == bool(streams)
+
+
+@pytest.fixture
+def tight(host, models, texts, monkeypatch):
+    """The model, and what it makes where all of it fits; afterwards only half of its weights fit beside the work."""
+    handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
+    wanted = host.sample(handle, request(texts))
+    assert not host.streams
+    job = job_of(handle, handle.variant, request(texts).latent, 3.0, 7)
+    free = needed(sample_stage(job, Plan(budget_bytes=0, resident_blocks=0, hidden_pieces=16)))
+    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free)
+    host._drop()
+    return handle, wanted, free
+
+
+def test_a_model_that_does_not_fit_is_planned_for_and_says_so(host, texts, tight, caplog):
+    handle, wanted, free = tight
+    got = host.sample(handle, request(texts))
+    assert len(host.streams) == 1
+    assert "It runs by a memory plan, with the same result. Weights: fp32, 0 of 2 blocks stay on" in caplog.text
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # pieces of the feed-forward sum in another order
+
+
+def test_what_was_planned_stays_loaded(host, texts, tight, monkeypatch):
+    handle, *_ = tight
+    first = host.sample(handle, request(texts))
+    loaded = host._resident[1]
+    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: 1)  # asked while it is loaded
+    assert torch.equal(host.sample(handle, request(texts)), first)
+    assert host._resident[1] is loaded
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(host, texts, tight, monkeypatch):
+    handle, *_, free = tight
+    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free // 2)
+    monkeypatch.setattr(standalone_model, "load_crossdit", None)
+    with pytest.raises(BudgetError, match=r"needs at least .* GB .*To try all the same, give a larger budget"):
+        host.sample(handle, request(texts))
