@@ -8,8 +8,10 @@ counted: peak live bytes of a real size, the graphs run on the meta device, wher
 planned: for published sizes and cards, what the planner chooses and its multiply-adds over those of one pass.
 
 Sampling the statistics counts in the time of our modes and in `work`: 5 latent frames of the 5 in 17 frames, but 15 of
-the 31 in 121. `…_given` runs and `work_of_tiles` leave it out. Random weights make pictures without meaning:
-`vae_quality.py` compares those.
+the 31 in 121. `…_given` runs and `work_of_tiles` leave it out. `…_compiled` runs compile the norms while they warm up.
+Random weights make pictures without meaning: `vae_quality.py` compares those.
+
+    python benchmarks/vae_decode.py timed --runs stream_2 stream_2_compiled stream_2_given stream_2_compiled_given
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kandinsky_core.memory.tracker import Tracker  # noqa: E402
 from kandinsky_core.shapes import VideoShape, pixel_frames  # noqa: E402
+from kandinsky_core.vae.compiled import Compiled  # noqa: E402
 from kandinsky_core.vae.decoding import Decoding, exact_statistics  # noqa: E402
 from kandinsky_core.vae.footprint import weight_bytes  # noqa: E402
 from kandinsky_core.vae.hunyuan import HunyuanVideoVAE  # noqa: E402
@@ -43,7 +46,7 @@ from kandinsky_core.vae.plan import (  # noqa: E402
     DecodePlan,
     plan_decode,
 )
-from kandinsky_core.vae.statistics import Statistics  # noqa: E402
+from kandinsky_core.vae.statistics import Normalise, Statistics, in_slices  # noqa: E402
 from kandinsky_core.vae.tiling import sampled_latents  # noqa: E402
 from kandinsky_core.variants import HUNYUAN_VAE  # noqa: E402
 
@@ -57,6 +60,7 @@ MODES: dict[str, dict[str, Any]] = {
     "single_pass_1": {"mode": SINGLE_PASS, "chunk": 1},
 }
 GIVEN = "_given"  # ends the name of a run that gets its statistics
+COMPILED = "_compiled"  # before that: of a run whose norms are compiled
 PEERS = ("diffusers", "diffusers_tiled")
 SIZE = ("FRAMES", "HEIGHT", "WIDTH")
 CARDS_GIB = (6, 8, 12, 16, 24)
@@ -84,7 +88,7 @@ def diffusers_decodes(ours: HunyuanVideoVAE) -> dict[str, Callable[[Tensor], Ten
 
 
 def our_decode(
-    vae: HunyuanVideoVAE, plan: DecodePlan, z: Tensor, statistics: Statistics | None = None
+    vae: HunyuanVideoVAE, plan: DecodePlan, z: Tensor, statistics: Statistics | None, normalise: Normalise
 ) -> None:
     """Decode as the nodes do: pixels leave the device as bytes, piece by piece."""
 
@@ -92,7 +96,7 @@ def our_decode(
         if not z.is_meta:
             piece.pixels_BCTHW.clamp(-1, 1).add(1).mul(127.5).to("cpu", torch.uint8)
 
-    Decoding(vae, z, plan, on_piece=take, statistics=statistics).run()
+    Decoding(vae, z, plan, on_piece=take, statistics=statistics, normalise=normalise).run()
 
 
 def runs(
@@ -105,21 +109,33 @@ def runs(
             tuple(z.shape[2:]),
             free_bytes=None,
             itemsize=z.element_size(),
-            **MODES[name.removesuffix(GIVEN)],
+            **MODES[_mode(name)],
         )
         for name in names
-        if name.removesuffix(GIVEN) in MODES
+        if _mode(name) in MODES
     }
     # Any statistics take the same time: those of one latent frame are quickly there.
     given = exact_statistics(vae, z[:, :, :1]) if any(name.endswith(GIVEN) for name in chosen) else None
-    made: dict[str, Run] = {
-        name: partial(our_decode, vae, plan, z, given if name.endswith(GIVEN) else None)
-        for name, plan in chosen.items()
-    }
+    made: dict[str, Run] = {}
+    for name, plan in chosen.items():
+        normalise = Compiled(_never, _stop) if COMPILED in name else in_slices
+        made[name] = partial(our_decode, vae, plan, z, given if name.endswith(GIVEN) else None, normalise)
     if importlib.util.find_spec("diffusers"):
         peers = diffusers_decodes(vae)
         made |= {name: partial(peers[name], z) for name in names if name in peers}
     return made, chosen
+
+
+def _mode(name: str) -> str:
+    return name.removesuffix(GIVEN).removesuffix(COMPILED)
+
+
+def _never(_: BaseException) -> bool:
+    return False
+
+
+def _stop(line: str) -> None:
+    raise SystemExit(f"What was to be measured is not there: {line}")
 
 
 def ratios(values: Mapping[str, float], chosen: Iterable[str], what: str) -> dict[str, float]:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--format", default="mp4", help="container: mp4, mov or mkv (default: mp4)")
     decode.add_argument("--codec", default="h264", help="h264 or lossless (default: h264)")
     decode.add_argument("--crf", type=float, default=14.0, help="quality of h264, 0 best to 51 (default: 14)")
+    decode.add_argument("--compile", action="store_true", help="compile a video autoencoder's norms (torch.compile)")
     decode.set_defaults(command=_decode)
 
     estimate = commands.add_parser("estimate", help="what a run needs: memory by stage, what fits, what to change")

@@ -31,6 +31,7 @@ class Resumption:
     format: str = "mp4"
     codec: str = "h264"
     crf: float = 14.0
+    compile: bool = False
 
 
 def build(wish: Resumption, host: StandaloneHost) -> Graph:
@@ -50,6 +51,7 @@ def build(wish: Resumption, host: StandaloneHost) -> Graph:
         "mode": wish.mode or (made if (made := saved.facts.get("mode")) in MODES else AUTO),
         "memory_gb": wish.memory,
         "keep_latents": 0,  # it is on disk
+        "compile": wish.compile,
     }
     if saved.samples.ndim == 4:
         add("SaveImage", images=add("K5VAEDecodeTiled", **work), filename_prefix=STEM)

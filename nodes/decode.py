@@ -18,12 +18,14 @@ from ..kandinsky_core.io.assembly import FrameAssembly, Place
 from ..kandinsky_core.io.image import to_uint8
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.shapes import VAE_SPATIAL, pixel_frames
+from ..kandinsky_core.vae.compiled import Compiled
 from ..kandinsky_core.vae.convolution import sound_convolutions
 from ..kandinsky_core.vae.decoding import Decoding
 from ..kandinsky_core.vae.flux import FluxVAE
 from ..kandinsky_core.vae.passage import Piece
 from ..kandinsky_core.vae.plan import AUTO, MODES, DecodePlan, decode_plans, needed_bytes, plan_decode
 from ..kandinsky_core.vae.rescue import finish
+from ..kandinsky_core.vae.statistics import Normalise, in_slices
 from ..kandinsky_core.vae.tiling import OnTile
 from .comfy_io import io
 from .host import Workplace, host
@@ -46,17 +48,18 @@ class Wanted:
     mode: str = AUTO
     limit_bytes: int | None = None  # of device memory for weights and work together; None: what is free
     planned: DecodePlan | None = None  # to begin with, if it is for this latent and fits
+    compile: bool = False
 
     @classmethod
-    def of(cls, mode: str, memory_gb: float, plan: Plan | None) -> Wanted:
+    def of(cls, mode: str, memory_gb: float, plan: Plan | None, compile: bool) -> Wanted:
         """Read what `memory_inputs` ask for: what is set on the node goes before the plan."""
         limit_bytes = int(memory_gb * GIB) or (None if plan is None else plan.budget_bytes)
         planned = None if plan is None or mode != AUTO else plan.decode
-        return cls(mode=mode, limit_bytes=limit_bytes, planned=planned)
+        return cls(mode=mode, limit_bytes=limit_bytes, planned=planned, compile=compile)
 
 
 def memory_inputs() -> list[Any]:
-    """Return the last inputs of a decode node: mode, memory_gb, keep_latents, plan."""
+    """Return the last inputs of a decode node: mode, memory_gb, keep_latents, plan, compile."""
     return [
         io.Combo.Input(
             "mode",
@@ -85,6 +88,14 @@ def memory_inputs() -> list[Any]:
             optional=True,
             tooltip="From Kandinsky 5 Memory Plan: decodes as planned, within its budget. 'mode' and 'memory_gb' "
             "go before it where they are set.",
+        ),
+        io.Boolean.Input(
+            "compile",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Compile the norms of a video VAE with torch.compile. The first decode waits for the compiler; on "
+            "a processor it gains nothing. Where it cannot be done, a line says why and the decode goes on without.",
         ),
     ]
 
@@ -175,8 +186,9 @@ class _Work:
         plan = self._plan((latents, rows, columns))
         self.told.append(f"{clips * pixel_frames(latents)} frames of {columns * 8} × {rows * 8}: {plan}")
         measure = _PeakMeter(self.place.device)
+        normalise = Compiled(self.place.is_out_of_memory, self._announce) if self.wanted.compile else in_slices
         for index in range(clips):
-            plan = self._clip(index, plan)
+            plan = self._clip(index, plan, normalise)
         self.told.append(measure.told(plan))
         return "\n".join(self.told)
 
@@ -223,7 +235,7 @@ class _Work:
             chunk=planned.chunk, tiles=planned.tiles,
         )  # fmt: skip
 
-    def _clip(self, index: int, plan: DecodePlan) -> DecodePlan:
+    def _clip(self, index: int, plan: DecodePlan, normalise: Normalise) -> DecodePlan:
         place = self.place
         first = index * pixel_frames(self.clips.shape[2])
 
@@ -237,7 +249,10 @@ class _Work:
 
         z = self.clips[index : index + 1].to(place.dtype)
         made = {"on_piece": on_piece, "on_tile": on_tile, "device": place.device}
-        decoding = (Picture if self.spec.kind == "flux" else Decoding)(place.network, z, plan, **made)
+        if self.spec.kind == "flux":
+            decoding = Picture(place.network, z, plan, **made)
+        else:
+            decoding = Decoding(place.network, z, plan, normalise=normalise, **made)
 
         def to_processor() -> None:
             place.to_processor()

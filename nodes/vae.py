@@ -104,12 +104,13 @@ class K5VAEDecodeTiled(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int, plan: Plan | None = None
-    ) -> io.NodeOutput:
+        cls, vae: Any, latent: Latent, mode: str, memory_gb: float, keep_latents: int, plan: Plan | None = None,
+        compile: bool = False,
+    ) -> io.NodeOutput:  # fmt: skip
         """Decode."""
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
             require_ours(vae)
-            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb, plan))
+            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb, plan, compile))
             return io.NodeOutput(image, f"{report}\n{line}")
 
 

@@ -100,6 +100,7 @@ class K5DecodeVideo(io.ComfyNode):
         memory_gb: float,
         keep_latents: int,
         plan: Plan | None = None,
+        compile: bool = False,
     ) -> io.NodeOutput:
         """Decode and write; the file appears when the clip is whole."""
         with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
@@ -115,7 +116,7 @@ class K5DecodeVideo(io.ComfyNode):
                     video_writer(draft, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
                     FrameAssembly(shape_THW, write, folder) as film,
                 ):
-                    report = decode(vae, samples, Wanted.of(mode, memory_gb, plan), onto(film))
+                    report = decode(vae, samples, Wanted.of(mode, memory_gb, plan, compile), onto(film))
                 path = name()  # only now: another run may have taken the number meanwhile
                 os.replace(draft, path)
             video, shown = host().video(path, fps=fps, shape_THW=shape_THW)

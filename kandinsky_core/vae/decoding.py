@@ -11,7 +11,7 @@ from .hunyuan import HunyuanVideoVAE, check_latent
 from .passage import OnPiece, Passage, Piece
 from .plan import LATE_TILE, MODES, REFERENCE, SINGLE_PASS, STREAM, DecodePlan
 from .sampled import Sampling
-from .statistics import Given, Recorded, Running, Source, Statistics
+from .statistics import Given, Normalise, Recorded, Running, Source, Statistics, in_slices
 from .tiling import OnTile
 from .windows import Windows
 
@@ -24,7 +24,8 @@ class Decoding:
     its traceback holds the failed stage's tensors. With given statistics no plan changes more than rounding.
 
     `z_BCTHW` has the type to compute in and may lie in main memory; `device` is needed where the autoencoder's weights
-    do not lie on the device it computes on. `on_tile` counts latent frames, once more for each tile.
+    do not lie on the device it computes on. `on_tile` counts latent frames, once more for each tile. `normalise`
+    computes the norms: torch's own kernels, or a `compiled.Compiled`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Decoding:
         on_tile: OnTile | None = None,
         statistics: Statistics | None = None,
         device: torch.device | None = None,
+        normalise: Normalise = in_slices,
     ) -> None:
         check_latent(z_BCTHW, vae.spec)
         _check_plan(plan, z_BCTHW)
@@ -47,6 +49,7 @@ class Decoding:
         self._on_piece = on_piece
         self._on_tile = on_tile
         self._device = device
+        self._normalise = normalise
         self._work: Passage | Windows | None = None
         self._sampling: Sampling | None = None
         self._source: Source | None = None  # of the norms' moments, while frames are decoded
@@ -69,6 +72,7 @@ class Decoding:
                 device=self.device,
                 on_piece=self._on_piece,
                 on_latents=self._tick,
+                normalise=self._normalise,
             )
         elif self._work is None:
             self._source = self._statistics_source()
@@ -136,6 +140,7 @@ class Decoding:
             device=self.device,
             on_piece=on_piece,
             on_latents=self._tick,
+            normalise=self._normalise,
         )
 
     def _hand_out(self, piece: Piece) -> None:
@@ -167,6 +172,7 @@ def decode_with(
     statistics: Statistics | None = None,
     on_tile: OnTile | None = None,
     device: torch.device | None = None,
+    normalise: Normalise = in_slices,
 ) -> Tensor:
     """Decode by plan to one tensor of pixels, which lies where the latent lies."""
     batch, _, latents, rows, columns = z_BCTHW.shape
@@ -175,7 +181,9 @@ def decode_with(
     def put(piece: Piece) -> None:
         out_BCTHW[:, :, piece.frames, piece.rows, piece.columns] = piece.pixels_BCTHW.to(out_BCTHW.device)
 
-    Decoding(vae, z_BCTHW, plan, on_piece=put, on_tile=on_tile, statistics=statistics, device=device).run()
+    Decoding(
+        vae, z_BCTHW, plan, on_piece=put, on_tile=on_tile, statistics=statistics, device=device, normalise=normalise
+    ).run()
     return out_BCTHW
 
 

@@ -18,7 +18,7 @@ from .hunyuan import HunyuanVideoVAE
 from .plan import LATE_TILE, DecodePlan
 from .region import Region, frame_region
 from .stages import Stage, decoder_stages, late_index
-from .statistics import Source
+from .statistics import Normalise, Source, in_slices
 from .stream import Pace, Stream
 
 
@@ -64,8 +64,10 @@ class Passage:
         device: torch.device,
         on_piece: OnPiece,
         on_latents: Callable[[int], None],
+        normalise: Normalise = in_slices,
     ) -> None:
         self._vae = vae
+        self._normalise = normalise
         self._z = z_BCTHW
         self._on_piece = on_piece
         self._on_latents = on_latents
@@ -127,7 +129,7 @@ class Passage:
 
     def _stages(self) -> list[Stage]:
         like = torch.empty(0, dtype=self._z.dtype, device=self._pace.device)
-        return decoder_stages(self._vae, like, self._latents)
+        return decoder_stages(self._vae, like, self._latents, self._normalise)
 
     def _shape(self, plan: DecodePlan) -> None:
         if plan.mode == LATE_TILE and self._tiles is None:

@@ -22,7 +22,7 @@ from .blocks import FrameCausalAttention, MidBlock, ResBlock
 from .causal import Finish, StreamedConv, StreamedUp
 from .hunyuan import HunyuanVideoVAE, level_factors
 from .region import Region
-from .statistics import Norm, Seen, Source
+from .statistics import Norm, Normalise, Seen, Source, in_slices
 
 Flow = tuple[Tensor, ...]
 Caches = tuple[Tensor | None, ...]  # None where nothing need be remembered
@@ -239,11 +239,12 @@ class Builder:
     half: torch.nn.Module
     like: Tensor
     frames: int
+    normalise: Normalise = in_slices
 
     def norm(self, module: torch.nn.Module) -> Norm:
         """Name a norm after its place in the half."""
         name = next(name for name, other in self.half.named_modules() if other is module)
-        return Norm(name, module, self.like)
+        return Norm(name, module, self.like, self.normalise)
 
     def block(self, block: ResBlock) -> list[Layer]:
         """Split a residual block at its second norm."""
@@ -263,14 +264,16 @@ class Builder:
         return [*self.block(middle.resnets[0]), attend, *self.block(middle.resnets[1])]
 
 
-def decoder_stages(vae: HunyuanVideoVAE, like: Tensor, frames: int) -> list[Stage]:
+def decoder_stages(
+    vae: HunyuanVideoVAE, like: Tensor, frames: int, normalise: Normalise = in_slices
+) -> list[Stage]:
     """Return the decoder for a clip of `frames` latent frames; upsamplers' kernels are merged here, once.
 
     Valid until the autoencoder moves to another device.
     """
     decoder, spec = vae.decoder, vae.spec
     widths = spec.block_out_channels[::-1]
-    build = Builder(decoder, like, frames)
+    build = Builder(decoder, like, frames, normalise)
     inlet = Inlet(StreamedConv(decoder.conv_in), widths[0], vae.post_quant_conv)
     stages = _standing([inlet, *build.middle(decoder.mid_block)], grid=1, rate=1)
     grid = rate = 1

@@ -214,16 +214,59 @@ def _pooled(window: list[tuple[int, GroupMoments]]) -> GroupMoments:
     return reduce(GroupMoments.merged, (moments for _, moments in window))
 
 
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """What a norm with given moments does to each channel: `[B,C]` and `[C]` in float32 or more."""
+
+    mean_BC: Tensor
+    variance_BC: Tensor
+    weight_C: Tensor
+    bias_C: Tensor
+    eps: float
+
+
+class Normalise(Protocol):
+    """Ways to compute a norm: write what `affine`, then SiLU if wished, makes of `x` to `out`, which may be a view."""
+
+    def __call__(self, x_BCTHW: Tensor, affine: Affine, out_BCTHW: Tensor, *, silu: bool) -> None:
+        """Fill `out`; no float32 copy of `x` is made."""
+        ...
+
+
+def in_slices(x_BCTHW: Tensor, affine: Affine, out_BCTHW: Tensor, *, silu: bool) -> None:
+    """Compute a norm by torch's own kernels, some channels after the other."""
+    channels = x_BCTHW.shape[1]
+    step = -(-channels // SLICES)
+    for sample in range(x_BCTHW.shape[0]):
+        for first in range(0, channels, step):
+            part = slice(first, first + step)
+            # Evaluation-mode batch norm is this affine map in one kernel: 16-bit data, float32 parameters.
+            y = F.batch_norm(
+                x_BCTHW[sample : sample + 1, part],
+                affine.mean_BC[sample, part],
+                affine.variance_BC[sample, part],
+                affine.weight_C[part],
+                affine.bias_C[part],
+                eps=affine.eps,
+            )
+            target = out_BCTHW[sample : sample + 1, part]
+            if silu:
+                torch.ops.aten.silu.out(y, out=target)
+            else:
+                target.copy_(y)
+
+
 class Norm:
     """A GroupNorm layer with moments from outside.
 
     Only the layer's weights are read, so a host's layer may keep them elsewhere and in another type.
     """
 
-    def __init__(self, name: str, layer: nn.Module, like: Tensor) -> None:
+    def __init__(self, name: str, layer: nn.Module, like: Tensor, normalise: Normalise = in_slices) -> None:
         self.name = name
         self.groups: int = layer.num_groups
         self._eps: float = layer.eps
+        self._normalise = normalise
         wide = torch.promote_types(like.dtype, torch.float32)
         self._weight, self._bias = (
             value.detach().to(like.device, wide) for value in (layer.weight, layer.bias)
@@ -236,25 +279,9 @@ class Norm:
                 f"Statistics of {self.name} are {list(moments.mean_BG.shape)}; a batch of {x.shape[0]} in "
                 f"{self.groups} groups needs [{x.shape[0]}, {self.groups}] or [1, {self.groups}]."
             )
-        channels = x.shape[1]
-        spread = [
-            value.to(self._weight).repeat_interleave(channels // self.groups, 1).expand(x.shape[0], -1)
+        width = x.shape[1] // self.groups
+        spread = (
+            value.to(self._weight).repeat_interleave(width, 1).expand(x.shape[0], -1)
             for value in (moments.mean_BG, moments.spread_BG / moments.count)
-        ]
-        step = -(-channels // SLICES)
-        for sample in range(x.shape[0]):
-            for first in range(0, channels, step):
-                part = slice(first, first + step)
-                # Evaluation-mode batch norm is this affine map in one kernel: 16-bit data, float32 parameters.
-                y = F.batch_norm(
-                    x[sample : sample + 1, part],
-                    *(value[sample, part] for value in spread),
-                    self._weight[part],
-                    self._bias[part],
-                    eps=self._eps,
-                )
-                target = out[sample : sample + 1, part]
-                if silu:
-                    torch.ops.aten.silu.out(y, out=target)
-                else:
-                    target.copy_(y)
+        )
+        self._normalise(x, Affine(*spread, self._weight, self._bias, self._eps), out, silu=silu)

@@ -14,7 +14,7 @@ from .passage import OnPiece, Piece
 from .plan import DecodePlan
 from .region import frame_region
 from .stages import Stage, decoder_stages
-from .statistics import Recorded
+from .statistics import Normalise, Recorded, in_slices
 from .stream import Pace, Stream
 from .tiling import DECODE, OVERLAP, WINDOW, Plan, assemble, fade, first_frame, window_plan
 
@@ -31,8 +31,10 @@ class Windows:
         device: torch.device,
         on_piece: OnPiece,
         on_latents: Callable[[int], None],
+        normalise: Normalise = in_slices,
     ) -> None:
         self._vae = vae
+        self._normalise = normalise
         self._z = z_BCTHW
         self._on_piece = on_piece
         self._on_latents = on_latents
@@ -49,7 +51,7 @@ class Windows:
         self._device = device
         self._tail = None if self._tail is None else self._tail.to(device)
         like = torch.empty(0, dtype=self._z.dtype, device=device)
-        self._stages = decoder_stages(self._vae, like, min(WINDOW, self._z.shape[2]))
+        self._stages = decoder_stages(self._vae, like, min(WINDOW, self._z.shape[2]), self._normalise)
 
     @property
     def left(self) -> int:

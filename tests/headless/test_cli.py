@@ -14,6 +14,7 @@ from comfyui_kandinsky5.headless.cli import main
 from comfyui_kandinsky5.kandinsky_core.io import open_checkpoint, save_checkpoint
 from comfyui_kandinsky5.kandinsky_core.io.latents import keep_latent
 from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video, write_png
+from comfyui_kandinsky5.kandinsky_core.vae import compiled
 from comfyui_kandinsky5.nodes import host as door
 
 TINY = ["--text-encoder", tiny.QWEN, "--clip", tiny.CLIP]
@@ -341,6 +342,18 @@ def test_a_saved_latent_is_found_by_path_and_takes_other_settings(cli, tmp_path)
     assert code == 0 and read_video(out.strip()).fps == 8
     code, _, err = cli("decode", "gone.latent")
     assert code == 2 and "gone.latent is neither a file nor a latent" in err
+
+
+def test_a_compiled_decode_without_a_compiler_says_why(cli, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no compiler in sight")
+
+    monkeypatch.setattr(compiled, "check", refuse)
+    latent = keep_latent(tmp_path, torch.zeros(1, 16, 2, 6, 8), facts={"vae": tiny.VIDEO_VAE})
+    for options, lines in (("--compile",), 1), ((), 0):
+        code, out, err = cli("decode", latent, *options)
+        assert code == 0 and out.strip().endswith(".mp4")
+        assert err.count("torch.compile is left for the rest of this decode") == lines
 
 
 def test_facts_of_a_foreign_latent_are_not_believed(cli, tmp_path):

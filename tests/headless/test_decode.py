@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
 from comfyui_kandinsky5.kandinsky_core.io.media import read_video
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
-from comfyui_kandinsky5.kandinsky_core.vae import decoding
+from comfyui_kandinsky5.kandinsky_core.vae import compiled, decoding
 from comfyui_kandinsky5.kandinsky_core.vae.plan import (
     LATE_TILE,
     REFERENCE,
@@ -28,6 +28,7 @@ from comfyui_kandinsky5.nodes import standalone_vae
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.vae import K5VAEDecodeTiled
 from comfyui_kandinsky5.nodes.video import FPS, K5DecodeVideo, frame_rate
+from compiler import can_compile
 from torch.testing import assert_close
 
 LATENT = torch.randn(1, 16, 6, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -138,6 +139,24 @@ def test_clips_of_a_batch_follow_each_other(vae):
 
 def test_late_tiles_are_the_picture_of_stream(vae, known):
     assert_close(decode_images(vae, LATENT, Wanted(mode=LATE_TILE))[0], known, **EXACT)
+
+
+def test_compiled_norms_give_the_same_picture(vae, known):
+    image, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 0, compile=True).result
+    assert_close(image, known, **EXACT)
+    assert ("torch.compile is left" in report) != can_compile()
+
+
+def test_why_nothing_is_compiled_is_told_once_for_a_batch(vae, known, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("no compiler in sight\nand much more")
+
+    monkeypatch.setattr(compiled, "check", refuse)
+    image, report = decode_images(vae, torch.cat([LATENT, LATENT]), Wanted(compile=True))
+    assert torch.equal(image[:21], known) and torch.equal(image[21:], known)
+    [line] = [line for line in report.splitlines() if "torch.compile" in line]
+    assert "(RuntimeError: no compiler in sight)" in line
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
 
 
 @pytest.mark.parametrize("mode", [STREAM, LATE_TILE])

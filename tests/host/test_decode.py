@@ -14,6 +14,7 @@ from comfyui_kandinsky5.kandinsky_core.io.media import read_video
 from comfyui_kandinsky5.nodes import host as door
 from comfyui_kandinsky5.nodes.decode import Wanted, decode_images
 from comfyui_kandinsky5.nodes.host_standalone import StandaloneHost
+from compiler import can_compile
 from safetensors.torch import load_file
 from tiny_graphs import node, save, text_to_video
 from torch.testing import assert_close
@@ -150,6 +151,21 @@ def test_cores_own_vae_decodes_in_the_causal_graph(server, saved, tmp_path, monk
     monkeypatch.setattr(door, "_current", [host])
     image, _ = decode_images(host.load_vae(path, dtype="fp32"), found["latent"], Wanted(mode="stream"))
     assert_close(found["image"], image, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vae", ["ours", "core's"])
+def test_compiled_norms_give_the_same_frames(server, saved, vae):
+    """Under core's inference mode, over layers of core's."""
+    graph = text_to_video(seed=31, length=25)
+    if vae == "core's":
+        graph["vae"] = node("K5TestCoreVAE")
+    plain, fused = (
+        saved(graph | {"decode": tiled(mode="stream", compile=compile), "save": save(image=["decode", 0])})["image"]
+        for compile in (False, True)
+    )
+    assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+    report = report_of(server, graph | {"decode": tiled(mode="stream", compile=True)})
+    assert ("torch.compile is left" in report) != can_compile()
 
 
 def test_cores_own_vae_encodes_clips_as_ours(server, saved, tmp_path, monkeypatch):
