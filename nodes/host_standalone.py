@@ -329,11 +329,11 @@ class StandaloneHost(Host):
         if not again and last != model:
             self._drop()  # what is free is asked without it
         tokens = request.positive[0][0].shape[1]
-        job = job_of(model, model.variant, request.latent, request.guidance, tokens)
+        job = job_of(self, model, model.variant, request.latent, request.guidance, tokens)
         free = last.plan.budget_bytes if again else self.free_bytes()
         if job is None or not free:  # sizes that are not estimated, devices that do not tell
             return model
-        job = with_attention(job, model)
+        job = with_attention(self, job, model)
         if again and needed(sample_stage(job, last.plan)) <= free:
             return replace(model, plan=last.plan)
         whole = needed(sample_stage(job, Plan(budget_bytes=free)))

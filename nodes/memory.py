@@ -15,7 +15,7 @@ from ..kandinsky_core.sparse.nabla import Nabla, policy
 from ..kandinsky_core.vae.plan import MODES, plan_decode
 from ..kandinsky_core.variants import VARIANTS, Variant
 from .comfy_io import io
-from .host import Latent, host
+from .host import Host, Latent, host
 from .size import size_inputs, size_message
 
 CATEGORY = "Kandinsky 5/memory"
@@ -115,7 +115,7 @@ class K5MemoryEstimate(io.ComfyNode):
             steps=steps or None,
             has_start=start_image or row.needs_image,
         )
-        job = _on_this_device(with_attention(job, model, attention, kept), budget)
+        job = _on_this_device(with_attention(host(), job, model, attention, kept), budget)
         mode = host().memory_mode()
         report = summary(job, budget_bytes=budget_bytes(budget, custom_gb))
         return io.NodeOutput(f"{report}\nHere weights are moved by: {mode.name} ({mode.note}).")
@@ -201,7 +201,7 @@ class K5MemoryPlan(io.ComfyNode):
             row=_row(model), shape=shape, batch=batch, precision=host().weights_of(model),
             guidance=None if cfg < 0 else cfg, steps=steps or None, is_cpu=host().is_processor,
         )  # fmt: skip
-        job = with_attention(job, model, attention, kept)
+        job = with_attention(host(), job, model, attention, kept)
         room = budget_bytes(budget, custom_gb)
         fixed: dict[str, Any] = {
             name: value
@@ -255,14 +255,14 @@ def shape_of(latent: Latent) -> tuple[VideoShape, int]:
     )
 
 
-def job_of(model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> Job | None:
+def job_of(here: Host, model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> Job | None:
     """Return a sampling run with dense attention as the estimate takes it, None for sizes only the sampler takes."""
     if any(side % PATCH[1] for side in latent["samples"].shape[-2:]):
         return None
     shape, batch = shape_of(latent)
     return Job(
-        row=row, shape=shape, batch=batch, precision=host().weights_of(model), guidance=guidance, text_tok=tokens,
-        is_cpu=host().is_processor,
+        row=row, shape=shape, batch=batch, precision=here.weights_of(model), guidance=guidance, text_tok=tokens,
+        is_cpu=here.is_processor,
     )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def memory_line(model: Any, row: Variant, latent: Latent, guidance: float, token
     measured = host().measured()
     if measured is None:
         return ""
-    job = job_of(model, row, latent, guidance, tokens)
+    job = job_of(host(), model, row, latent, guidance, tokens)
     if job is None:
         return f"memory: {size(measured.peak_bytes)} at the peak"
     run = host().attention_of(model)
@@ -291,10 +291,10 @@ def _on_this_device(job: Job, budget: str) -> Job:
     return replace(job, is_cpu=budget == AUTO and host().is_processor)
 
 
-def with_attention(job: Job, model: Any, attention: str = AUTO, kept: float = KEPT) -> Job:
+def with_attention(here: Host, job: Job, model: Any, attention: str = AUTO, kept: float = KEPT) -> Job:
     """Fill in how much of the attention is computed."""
     if attention == AUTO:
-        run = None if model is None else host().attention_of(model)
+        run = None if model is None else here.attention_of(model)
         if isinstance(run, Nabla):
             kind = policy(run.settings, run.row, job.shape.token_thw, run.is_assumed).kind
         else:

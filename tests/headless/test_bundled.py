@@ -49,6 +49,18 @@ def test_nodes_fit_their_schemas(path, host):
         )
 
 
+def test_a_workflow_saved_before_a_widget_was_added_still_runs(host):
+    graph = load(next(path for path in FILES if path.stem == "t2v_lite_5s"))
+    (node,) = (node for node in graph["nodes"] if node["type"] == "K5VAEDecodeTiled")
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in ("plan", "compile")]
+    node["widgets_values"] = node["widgets_values"][:3]
+    types = node_types()
+    (call,) = (call for call in parse(graph, types).values() if call.type == "K5VAEDecodeTiled")
+    assert call.inputs["keep_latents"] == 8
+    for port in types[call.type].inputs:  # what is missing has a default, or need not be there
+        assert port.name in call.inputs or not port.required
+
+
 @every_workflow
 def test_values_are_legal(path, host):
     types = node_types()

@@ -175,7 +175,7 @@ def tight(host, models, texts, monkeypatch):
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     wanted = host.sample(handle, request(texts))
     assert not host.streams
-    job = job_of(handle, handle.variant, request(texts).latent, 3.0, 7)
+    job = job_of(host, handle, handle.variant, request(texts).latent, 3.0, 7)
     free = needed(sample_stage(job, Plan(budget_bytes=0, resident_blocks=0, hidden_pieces=16)))
     monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free)
     host._drop()
