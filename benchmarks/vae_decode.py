@@ -193,7 +193,7 @@ def _named(kind: str, dtype: torch.dtype, shape: VideoShape) -> dict[str, Any]:
 
 def planned(shape: VideoShape, card_gib: int) -> dict[str, Any]:
     """Return what the planner chooses for a card, and its multiply-adds over those of one pass."""
-    free_bytes = int(card_gib * FREE_SHARE * GIB) - weight_bytes(HUNYUAN_VAE, 2, encoder=False)
+    free_bytes = int(card_gib * FREE_SHARE * GIB) - weight_bytes(HUNYUAN_VAE, 2)
     plan = plan_decode(HUNYUAN_VAE, shape.latent_thw, free_bytes=free_bytes, itemsize=2)
     latents = shape.latent_thw[0]
     released = plan_decode(HUNYUAN_VAE, shape.latent_thw, free_bytes=None, itemsize=2, mode=REFERENCE)

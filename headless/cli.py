@@ -144,7 +144,7 @@ def _add_wish(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
     command.add_argument(
         "--budget", help="device memory to run in: auto, 8, 12, 16 or 24 for a card of that size, or free GB "
-        "(default: everything stays on the device)",
+        "(default: what is free, and only where not everything fits)",
     )  # fmt: skip
 
 

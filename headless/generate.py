@@ -53,7 +53,7 @@ class Wish:
     guidance: float | None = None
     shift: float | None = None
     seed: int = 0
-    budget: str | None = None  # device memory to plan for; None: everything stays on the device
+    budget: str | None = None  # device memory to plan for; None: what is free, and only where not everything fits
     masses: str | None = None  # measure NABLA with these shares P instead of making a clip
     window: tuple[int, int, int] = (11, 3, 3)
 
@@ -136,11 +136,11 @@ def build(wish: Wish, host: StandaloneHost) -> Graph:
         add("K5AttentionError", **sampling, P_values=wish.masses, wT=t, wH=h, wW=w)
         return graph
     sampled = add("K5Sample", **sampling, sampler_name="euler", first_frame="auto", denoise=1.0)
-    frames: dict[str, Any] = {"vae": Link(autoencoder, 0), "latent": Link(sampled, 0)}
-    if plan_link is None:
-        decoded = add("K5VAEDecode", **frames)
-    else:
-        decoded = add("K5VAEDecodeTiled", **frames, mode=AUTO, memory_gb=0.0, keep_latents=KEEP, plan=plan_link)
+    planned_decode = {} if plan_link is None else {"plan": plan_link}
+    decoded = add(
+        "K5VAEDecodeTiled", vae=Link(autoencoder, 0), latent=Link(sampled, 0), mode=AUTO, memory_gb=0.0,
+        keep_latents=KEEP, **planned_decode,
+    )  # fmt: skip
     if size["length"] == 1:
         add("SaveImage", images=Link(decoded, 0), filename_prefix="kandinsky5")
     else:

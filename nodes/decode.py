@@ -53,8 +53,10 @@ class Wanted:
     @classmethod
     def of(cls, mode: str, memory_gb: float, plan: Plan | None, compile: bool) -> Wanted:
         """Read what `memory_inputs` ask for: what is set on the node goes before the plan."""
-        limit_bytes = int(memory_gb * GIB) or (None if plan is None else plan.budget_bytes)
-        planned = None if plan is None or mode != AUTO else plan.decode
+        limit_bytes, planned = int(memory_gb * GIB) or None, None
+        if plan is not None:
+            limit_bytes = limit_bytes or plan.budget_bytes
+            mode, planned = (plan.decode_mode, plan.decode) if mode == AUTO else (mode, None)
         return cls(mode=mode, limit_bytes=limit_bytes, planned=planned, compile=compile)
 
 
@@ -210,7 +212,7 @@ class _Work:
                 return self._as_planned(self.wanted.planned, latent_thw, free_bytes)
             except KandinskyError as error:
                 if announce:
-                    self._announce(f"Not decoded as the memory plan says. {error} Planned anew within its budget.")
+                    self._announce(f"Not decoded as the memory plan says. {error} Planned anew.")
         kind = {"itemsize": self.place.dtype.itemsize, "mode": self.wanted.mode}
         try:
             return plan_decode(self.spec, latent_thw, free_bytes=free_bytes, **kind)

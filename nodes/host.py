@@ -293,6 +293,10 @@ class Host(ABC):
     def plan_of(self, model: Any) -> Plan | None:
         """Return the plan that `with_plan` gave this MODEL or one it was copied from, None when there is none."""
 
+    def sampled_by(self, model: Any) -> Plan | None:
+        """Return the plan that the last run of MODEL followed, of its own or one that the host made for it."""
+        return self.plan_of(model)
+
     @abstractmethod
     def measured(self) -> Measured | None:
         """Return what the last sampling run needed, None when it was not measured."""

@@ -63,6 +63,7 @@ logger = logging.getLogger("kandinsky5")
 
 MODELS_VARIABLE = "KANDINSKY5_MODELS"
 FOLDER_NAMES = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+SAMPLING_CHOICES = ("resident_blocks", "prefetch", "hidden_pieces", "head_groups")  # of a plan, that a result records
 ONLY_IN_COMFYUI = {  # keys of a latent that change the result there, and what to do without them
     "noise_mask": "take the mask off the latent",
     "batch_index": "leave out the node that picks from a batch",
@@ -101,6 +102,7 @@ class StandaloneHost(Host):
         self.extra: dict[str, dict[str, Path]] = {}  # files outside the folders: folder key -> name -> path
         self._resident: tuple[Hashable, Any, Sequence[BlockStream]] | None = None
         self._planned: tuple[ModelHandle, ModelHandle] | None = None  # what did not fit whole, and its plan
+        self._sampled: tuple[ModelHandle, Plan | None] | None = None  # the last run's model as given, and its plan
         self._measured: Measured | None = None
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class StandaloneHost(Host):
 
     def memory_mode(self) -> MemoryMode:
         """Say that the plan moves the weights."""
-        note = "a model is loaded as a whole, unless a plan lets blocks travel"
+        note = "a model is loaded as a whole if it fits, else blocks travel as a plan says"
         return MemoryMode("the plan", note, host_moves_weights=False)
 
     def weights_of(self, model: ModelHandle) -> str:
@@ -251,6 +253,10 @@ class StandaloneHost(Host):
     def plan_of(self, model: Any) -> Plan | None:
         """Return the plan of a handle."""
         return model.plan if isinstance(model, ModelHandle) else None
+
+    def sampled_by(self, model: Any) -> Plan | None:
+        """Return the plan of the last run, which the host may have made."""
+        return self._sampled[1] if self._sampled is not None and self._sampled[0] == model else self.plan_of(model)
 
     def measured(self) -> Measured | None:
         """Return what the last run needed."""
@@ -291,7 +297,9 @@ class StandaloneHost(Host):
                     f"The latent carries '{key}', which the sampler outside ComfyUI does not read. "
                     f"Run this in ComfyUI, or {remedy}."
                 )
-        row, model = model.variant, self._fitting(model, request)
+        asked, model = model, self._fitting(model, request)
+        self._sampled = (asked, model.plan)
+        row = model.variant
         transformer = self._load(model, lambda: standalone_model.load(model, self.device))
         raw = request.latent["samples"]
         is_image = raw.ndim == 4
@@ -300,6 +308,8 @@ class StandaloneHost(Host):
         known = standalone_model.known(request.positive, row, self.device)
         velocity = standalone_model.guided(transformer, model, request, start_BCTHW, known)
         steps = len(request.sigmas) - 1
+        if model.plan is not None:
+            self._record(plan={name: getattr(model.plan, name) for name in SAMPLING_CHOICES})
         self._record(seed=request.seed, steps=steps, guidance=request.guidance, sigmas_from=float(request.sigmas[0]))
         progress = self.progress(steps)
         with Measurement(self.device, counts=model.measures) as measurement:
@@ -325,32 +335,31 @@ class StandaloneHost(Host):
         last = None if self._resident is None else self._resident[0]
         if model.plan is not None or (last == model and self.is_processor):  # there what is loaded is not free
             return model
-        again = last is not None and (model, last) == self._planned
-        if not again and last != model:
+        again = last if last is not None and (model, last) == self._planned else None
+        if again is None and last != model:
             self._drop()  # what is free is asked without it
-        tokens = request.positive[0][0].shape[1]
+        tokens = max(given[0][0].shape[1] for given in (request.positive, request.negative) if given)
         job = job_of(self, model, model.variant, request.latent, request.guidance, tokens)
-        free = last.plan.budget_bytes if again else self.free_bytes()
+        free = again.plan.budget_bytes if again is not None and self.is_processor else self.free_bytes()
         if job is None or not free:  # sizes that are not estimated, devices that do not tell
             return model
         job = with_attention(self, job, model)
-        if again and needed(sample_stage(job, last.plan)) <= free:
-            return replace(model, plan=last.plan)
         whole = needed(sample_stage(job, Plan(budget_bytes=free)))
         if whole <= free:
             return model
+        if again is not None and needed(sample_stage(job, again.plan)) <= free:
+            return replace(model, plan=again.plan)
         try:
             plan = make_sample_plan(job, free)
         except BudgetError as error:
             raise BudgetError(
                 f"{error} To try all the same, give a larger budget: --budget, or the node Kandinsky 5 Memory Plan."
             ) from error
-        how = describe_sampling(job, plan)
         logger.warning(
             "%s needs %.1f GB as a whole for this, %.1f GB are free on %s. It runs by a memory plan, with the same "
-            "result. %s.", model.path.name, whole / GB, free / GB, self.device, "; ".join(how),
+            "result to rounding. %s.",
+            model.path.name, whole / GB, free / GB, self.device, "; ".join(describe_sampling(job, plan)),
         )  # fmt: skip
-        self._record(plan=how)
         self._planned = (model, replace(model, plan=plan))
         return self._planned[1]
 

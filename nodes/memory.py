@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from ..kandinsky_core.errors import KandinskyError
-from ..kandinsky_core.memory.budget import GB, PROFILES, describe, make_plan
+from ..kandinsky_core.memory.budget import GB, PROFILES, describe, describe_sampling, make_plan
 from ..kandinsky_core.memory.estimate import PRECISIONS, Job, estimate, sample_stage
 from ..kandinsky_core.memory.plan import Plan
 from ..kandinsky_core.memory.report import size, summary, table
 from ..kandinsky_core.shapes import PATCH, VAE_SPATIAL, VideoShape, pixel_frames
 from ..kandinsky_core.sparse.nabla import Nabla, policy
-from ..kandinsky_core.vae.plan import MODES, plan_decode
+from ..kandinsky_core.vae.plan import MODES
 from ..kandinsky_core.variants import VARIANTS, Variant
 from .comfy_io import io
-from .host import Host, Latent, host
+from .host import Host, Latent, Measured, host
 from .size import size_inputs, size_message
 
 CATEGORY = "Kandinsky 5/memory"
@@ -216,9 +216,7 @@ class K5MemoryPlan(io.ComfyNode):
         if stream_text != AUTO:
             fixed["streams_text"] = stream_text == ON
         if decode_mode != AUTO:
-            fixed["decode"] = plan_decode(
-                job.row.vae, shape.latent_thw, free_bytes=room, itemsize=job.vae_itemsize, mode=decode_mode
-            )
+            fixed["decode_mode"] = decode_mode
         plan = make_plan(job, room, fixed)
         mode = host().memory_mode()
         notes = [f"Weights are moved by: {mode.name} ({mode.note})."]
@@ -266,18 +264,30 @@ def job_of(here: Host, model: Any, row: Variant, latent: Latent, guidance: float
     )  # fmt: skip
 
 
-def memory_line(model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> str:
-    """Say what the run that just ended needed, with the estimate beside it; "" when it was not measured."""
-    measured = host().measured()
-    if measured is None:
+def memory_lines(model: Any, row: Variant, latent: Latent, guidance: float, tokens: int) -> str:
+    """Say how the run that just ended was made to fit, and what it needed with the estimate beside it, as far as known.
+
+    A plan that a node gave is not repeated.
+    """
+    plan, measured = host().sampled_by(model), host().measured()
+    if plan is None and measured is None:
         return ""
     job = job_of(host(), model, row, latent, guidance, tokens)
+    lines = []
+    if job is not None and plan is not None and plan != host().plan_of(model):
+        lines.append(f"memory plan: {'; '.join(describe_sampling(job, plan))}")
+    if measured is not None:
+        lines.append(_measured_line(measured, job, plan, model))
+    return "\n".join(lines)
+
+
+def _measured_line(measured: Measured, job: Job | None, plan: Plan | None, model: Any) -> str:
     if job is None:
         return f"memory: {size(measured.peak_bytes)} at the peak"
     run = host().attention_of(model)
     if isinstance(run, Nabla) and run.record.attention.kind != "full":
         job = replace(job, kept=run.record.mean_kept)
-    stage = sample_stage(job, host().plan_of(model) or Plan(budget_bytes=0))
+    stage = sample_stage(job, plan or Plan(budget_bytes=0))
     if measured.with_weights:
         return (
             f"memory: {size(measured.peak_bytes)} of the device in use at the peak; estimated "

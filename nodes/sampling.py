@@ -26,7 +26,7 @@ from .host import (
     SampleRequest,
     host,
 )
-from .memory import memory_line
+from .memory import memory_lines
 
 CATEGORY = "Kandinsky 5/sampling"
 AUTO, ON, OFF = "auto", "on", "off"
@@ -176,7 +176,7 @@ class K5Sample(io.ComfyNode):
             _start_report(samples, known, normalises),
             "edits the given picture" if KNOWN_EDIT in positive[0][1] else "",
             _attention_report(model),
-            memory_line(model, row, latent, settings.guidance, max(len(part[0][0]) for part in positive)),
+            memory_lines(model, row, latent, settings.guidance, max(len(part[0][0]) for part in positive)),
             host().variant_note(model),
         )
         facts = {"variant": row.name, "fps": row.fps, "seed": seed}

@@ -108,9 +108,10 @@ class K5VAEDecodeTiled(io.ComfyNode):
         compile: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         """Decode."""
-        with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
+        wanted = Wanted.of(mode, memory_gb, plan, compile)
+        with kept(vae, latent, keep_latents, cls.hidden, wanted.mode) as line:
             require_ours(vae)
-            image, report = decode_images(vae, latent["samples"], Wanted.of(mode, memory_gb, plan, compile))
+            image, report = decode_images(vae, latent["samples"], wanted)
             return io.NodeOutput(image, f"{report}\n{line}")
 
 

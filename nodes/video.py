@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ..kandinsky_core.errors import KandinskyError
+from ..kandinsky_core.errors import KandinskyError, MediaError
 from ..kandinsky_core.io.assembly import FrameAssembly
 from ..kandinsky_core.io.media import CODECS, CONTAINERS, video_writer
 from ..kandinsky_core.io.whole_file import partial_folder
@@ -103,20 +103,25 @@ class K5DecodeVideo(io.ComfyNode):
         compile: bool = False,
     ) -> io.NodeOutput:
         """Decode and write; the file appears when the clip is whole."""
-        with kept(vae, latent, keep_latents, cls.hidden, mode) as line:
+        wanted = Wanted.of(mode, memory_gb, plan, compile)
+        with kept(vae, latent, keep_latents, cls.hidden, wanted.mode) as line:
             require_ours(vae)
             samples = latent["samples"]
             fps = fps or frame_rate(latent.get(LATENT_FACTS, {}))
             shape_THW = image_shape(samples)
             name = partial(host().new_path, filename_prefix, f".{format}", *shape_THW[:0:-1])
             metadata = host().provenance(cls.hidden)
-            with partial_folder(name().parent) as folder:
-                draft = folder / f"clip.{format}"
-                with (
-                    video_writer(draft, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
-                    FrameAssembly(shape_THW, write, folder) as film,
-                ):
-                    report = decode(vae, samples, Wanted.of(mode, memory_gb, plan, compile), onto(film))
+            first = name()
+            with partial_folder(first.parent) as folder:
+                draft = folder / first.name
+                try:
+                    with (
+                        video_writer(draft, fps=fps, codec=codec, crf=crf, metadata=metadata) as write,
+                        FrameAssembly(shape_THW, write, folder) as film,
+                    ):
+                        report = decode(vae, samples, wanted, onto(film))
+                except MediaError as error:  # the folder it names is gone by now
+                    raise MediaError(str(error).replace(str(draft), str(first))) from error
                 path = name()  # only now: another run may have taken the number meanwhile
                 os.replace(draft, path)
             video, shown = host().video(path, fps=fps, shape_THW=shape_THW)

@@ -18,7 +18,7 @@ PROFILES = {"8 GB": 7 * GB, "12 GB": 11 * GB, "16 GB": 148 * GB // 10, "24 GB": 
 PIECES = (1, 8, 16)  # of the hidden tensor
 GROUPS = (1, 2, 4, 8)  # of heads
 SMALLER = (7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)  # of a length or a side
-SETTINGS = ("resident_blocks", "prefetch", "streams_text", "hidden_pieces", "head_groups", "decode", "encode")
+SETTINGS = ("resident_blocks", "prefetch", "streams_text", "hidden_pieces", "head_groups", "decode_mode")
 
 
 def needed(stage: Stage) -> int:

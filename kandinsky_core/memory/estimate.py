@@ -246,7 +246,9 @@ def decode_plan(job: Job, plan: Plan) -> DecodePlan:
     if plan.decode is not None:
         return plan.decode
     free = plan.budget_bytes - _autoencoder_bytes(job)
-    return plan_decode(job.row.vae, job.shape.latent_thw, free_bytes=free, itemsize=job.vae_itemsize)
+    return plan_decode(
+        job.row.vae, job.shape.latent_thw, free_bytes=free, itemsize=job.vae_itemsize, mode=plan.decode_mode
+    )
 
 
 def encode_plan(job: Job, plan: Plan) -> EncodePlan:

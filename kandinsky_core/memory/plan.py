@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..vae.plan import DecodePlan, EncodePlan
+from ..vae.plan import AUTO, DecodePlan, EncodePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,5 +17,6 @@ class Plan:
     streams_text: bool = False  # the text tower is streamed layer by layer
     hidden_pieces: int = 1  # at least so many pieces of a feed-forward's hidden tensor
     head_groups: int = 1  # visual self-attention runs in so many groups of heads
-    decode: DecodePlan | None = None  # None: chosen when the latent is there
+    decode_mode: str = AUTO  # how the latent is to be decoded, a mode of `vae.plan`
+    decode: DecodePlan | None = None  # None: chosen in that mode when the latent is there
     encode: EncodePlan | None = None

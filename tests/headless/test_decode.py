@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, ShapeError
+from comfyui_kandinsky5.kandinsky_core.errors import BudgetError, KandinskyError, MediaError, ShapeError
+from comfyui_kandinsky5.kandinsky_core.io import media
+from comfyui_kandinsky5.kandinsky_core.io.latents import read_latent
 from comfyui_kandinsky5.kandinsky_core.io.media import read_video
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.vae import compiled, decoding
@@ -110,6 +115,15 @@ def test_what_is_set_on_the_node_goes_before_the_memory_plan(vae):
     plan = planned(2**30, mode=LATE_TILE, tiles=(2, 2))
     _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, SINGLE_PASS, 0.0, 0, plan).result
     assert f": {SINGLE_PASS}: " in report
+
+
+def test_a_mode_set_on_the_memory_plan_is_kept_with_the_latent(vae, host):
+    """For another latent than the planned one, too; whoever resumes decodes in it."""
+    plan = replace(planned(2**30, latent_thw=(2, 6, 8), mode=SINGLE_PASS), decode_mode=SINGLE_PASS)
+    _, report = K5VAEDecodeTiled.execute(vae, {"samples": LATENT}, "auto", 0.0, 8, plan).result
+    assert f": {SINGLE_PASS}: " in report.splitlines()[1]
+    (path,) = host.latents().values()
+    assert read_latent(path).facts["mode"] == SINGLE_PASS
 
 
 def test_a_memory_plan_for_another_latent_still_gives_its_budget(vae, host):
@@ -276,6 +290,17 @@ def test_a_clip_in_a_file_has_the_frames_of_the_images(vae, host, mode):
     found = read_video(clip.path)
     assert torch.equal((found.frames_THW3 * 255).round(), (image * 255).round())
     assert [path.name for path in clip.path.parent.iterdir()] == ["x_00001_.mkv"]
+
+
+def test_a_clip_that_cannot_be_written_names_its_own_place(vae, host, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(media._Encoder, "write", full)
+    with pytest.raises(MediaError, match="The latent is safe: ") as raised:
+        K5DecodeVideo.execute(vae, {"samples": LATENT}, 8.0, "sub/x", "mp4", "h264", 14.0, "auto", 0.0, 8)
+    assert str(host.output / "sub" / "x_00001_.mp4") in str(raised.value) and ".partial" not in str(raised.value)
+    assert not list((host.output / "sub").iterdir())
 
 
 def test_a_number_taken_meanwhile_is_left_alone(vae, host):

@@ -16,6 +16,17 @@ def calls(host, **wish):
     return {call.type: call.inputs for call in graph.values()}
 
 
+@pytest.mark.parametrize("frames", [1, 25])
+def test_a_budget_reaches_the_sampler_the_text_encoder_and_the_decoder(host, frames):
+    model = "nano-image" if frames == 1 else "nano"
+    free, bound = (calls(host, model=model, frames=frames, budget=budget) for budget in (None, "12"))
+    assert "K5MemoryPlan" not in free and bound["K5MemoryPlan"]["budget"] == "12 GB"
+    plan = bound["K5VAEDecodeTiled"].pop("plan")
+    assert (bound["K5Sample"]["model"].slot, bound["K5EncodeText"]["clip"].slot, plan.slot) == (0, 3, 1)
+    assert bound["K5Sample"]["model"].call == bound["K5EncodeText"]["clip"].call == plan.call
+    assert bound["K5VAEDecodeTiled"]["mode"] == free["K5VAEDecodeTiled"]["mode"] == "auto"
+
+
 @pytest.mark.parametrize(
     ("model", "key", "vae"),
     [("nano-image", "image_model", "image_vae"), ("nano-edit", "edit_model", "image_vae")],

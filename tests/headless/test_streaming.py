@@ -12,9 +12,12 @@ from comfyui_kandinsky5.kandinsky_core.io.convert import convert
 from comfyui_kandinsky5.kandinsky_core.memory.budget import needed
 from comfyui_kandinsky5.kandinsky_core.memory.estimate import sample_stage
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
+from comfyui_kandinsky5.kandinsky_core.memory.report import size
+from comfyui_kandinsky5.kandinsky_core.sparse.nabla import Nabla, NablaSettings
 from comfyui_kandinsky5.nodes import host_standalone, standalone_model, standalone_text
-from comfyui_kandinsky5.nodes.host import SampleRequest
-from comfyui_kandinsky5.nodes.memory import job_of
+from comfyui_kandinsky5.nodes.host import Measured, SampleRequest
+from comfyui_kandinsky5.nodes.memory import KEPT, job_of, memory_lines
+from comfyui_kandinsky5.nodes.sampling import K5Sample
 
 STREAMED = Plan(budget_bytes=1 << 30, resident_blocks=0, streams_text=True)
 SIGMAS = torch.tensor([1.0, 0.8, 0.3, 0.0])
@@ -171,14 +174,15 @@ def test_a_text_encoder_that_does_not_fit_is_streamed(host, clip, monkeypatch, c
 
 @pytest.fixture
 def tight(host, models, texts, monkeypatch):
-    """The model, and what it makes where all of it fits; afterwards only half of its weights fit beside the work."""
+    """The model, and what it makes where all of it fits; afterwards its work fits and none of its blocks, and that
+    only while nothing else is loaded."""
     handle = host.load_model(models / "diffusion_models" / tiny.VIDEO, variant=None, dtype="fp32").model
     wanted = host.sample(handle, request(texts))
-    assert not host.streams
+    assert not host.streams and host.sampled_by(handle) is None
     job = job_of(host, handle, handle.variant, request(texts).latent, 3.0, 7)
     free = needed(sample_stage(job, Plan(budget_bytes=0, resident_blocks=0, hidden_pieces=16)))
-    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free)
-    host._drop()
+    host.workplace(host.load_vae(models / "vae" / tiny.VIDEO_VAE, dtype="fp32"))
+    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: free if host._resident is None else 1)
     return handle, wanted, free
 
 
@@ -186,17 +190,44 @@ def test_a_model_that_does_not_fit_is_planned_for_and_says_so(host, texts, tight
     handle, wanted, free = tight
     got = host.sample(handle, request(texts))
     assert len(host.streams) == 1
-    assert "It runs by a memory plan, with the same result. Weights: fp32, 0 of 2 blocks stay on" in caplog.text
+    assert "It runs by a memory plan, with the same result to rounding. Weights: fp32, 0 of 2 blocks" in caplog.text
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # pieces of the feed-forward sum in another order
+    assert host.sampled_by(handle).resident_blocks == host.facts[""]["plan"]["resident_blocks"] == 0
 
 
-def test_what_was_planned_stays_loaded(host, texts, tight, monkeypatch):
+def test_the_sampler_s_report_has_the_plan_that_was_made(host, texts, tight, monkeypatch):
+    handle, _, free = tight
+    latent = {"samples": torch.zeros(1, 16, 2, 4, 4)}
+    report = K5Sample.execute(handle, *texts, latent, 3, 3, 3.0, 5.0, "euler", "auto", 1.0).result[1]
+    assert "memory plan: Weights: fp32, 0 of 2 blocks stay on the device" in report
+    monkeypatch.setattr(host, "_measured", Measured(1 << 20, with_weights=True))
+    job = job_of(host, handle, handle.variant, latent, 3.0, 7)
+    weights = size(sample_stage(job, host.sampled_by(handle)).weight_bytes)
+    assert f"estimated {weights} of weights" in memory_lines(handle, handle.variant, latent, 3.0, 7)
+    assert weights != size(sample_stage(job, Plan(budget_bytes=0)).weight_bytes)
+
+
+def test_what_was_planned_stays_loaded_while_it_fits(host, texts, tight):
     handle, *_ = tight
     first = host.sample(handle, request(texts))
     loaded = host._resident[1]
-    monkeypatch.setattr(host_standalone, "free_bytes", lambda device: 1)  # asked while it is loaded
     assert torch.equal(host.sample(handle, request(texts)), first)
     assert host._resident[1] is loaded
+    with pytest.raises(BudgetError):
+        host.sample(handle, request(texts, batch=64))
+
+
+def test_sparse_attention_is_planned_for_as_sparse(host, texts, tight, monkeypatch):
+    handle, *_ = tight
+    run = Nabla(NablaSettings(mode="on", min_tok=0), handle.variant)
+    seen = []
+    monkeypatch.setattr(host_standalone, "sample_stage", lambda job, plan: seen.append(job) or sample_stage(job, plan))
+    monkeypatch.setattr(standalone_model, "load", None)
+    latent = {"samples": torch.zeros(1, 16, 2, 32, 32)}
+    for attention, kept in ((None, 1.0), (run, KEPT)):
+        with pytest.raises((BudgetError, TypeError)):  # what does not fit, or would be loaded
+            host.sample(replace(handle, attention=attention), replace(request(texts), latent=latent))
+        assert seen[-1].kept == kept
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(host, texts, tight, monkeypatch):

@@ -21,11 +21,13 @@ from comfyui_kandinsky5.kandinsky_core.memory.estimate import (
     TEXT,
     Job,
     Stage,
+    decode_stage,
     estimate,
 )
 from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.memory.report import summary, values
 from comfyui_kandinsky5.kandinsky_core.shapes import VideoShape
+from comfyui_kandinsky5.kandinsky_core.vae.plan import MODES, REFERENCE
 from comfyui_kandinsky5.kandinsky_core.variants import VARIANTS, VIDEO_LITE
 
 
@@ -78,6 +80,20 @@ def test_more_memory_never_travels_more():
 def test_every_choice_can_be_made_by_hand(fixed):
     plan = make_plan(released("lite_t2v_5s_sft"), PROFILES["24 GB"], fixed)
     assert {name: getattr(plan, name) for name in fixed} == fixed
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != REFERENCE])
+@pytest.mark.parametrize("profile", ["8 GB", "12 GB", "16 GB"])
+def test_a_decode_mode_is_planned_for_beside_the_weights(mode, profile):
+    job = released("lite_t2v_5s_sft")
+    plan = make_plan(job, PROFILES[profile], {"decode_mode": mode})
+    assert plan.decode.mode == mode and f"Decode: {mode}" in describe(job, plan)
+    assert needed(decode_stage(job, plan)) <= PROFILES[profile]
+
+
+def test_a_decode_mode_that_does_not_fit_is_refused_beforehand():
+    with pytest.raises(BudgetError, match="mode reference"):
+        decode_stage(released("lite_t2v_5s_sft"), Plan(budget_bytes=GB, decode_mode=REFERENCE))
 
 
 def test_a_setting_that_does_not_exist_is_refused():

@@ -228,6 +228,7 @@ def test_a_latent_is_decoded_in_the_estimated_memory(name, size, device):
             vae.decode(z_BCTHW[:, :, 0])
         else:
             Decoding(vae, z_BCTHW, decode_plan(job, ROOMY), on_piece=lambda *_: None).run()
+    assert stage.weight_bytes == sum(parameter.nbytes for parameter in vae.parameters())  # loaded as a whole
     assert stage.work_bytes == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_kandinsky5.kandinsky_core.errors import BackendUnavailable
 from comfyui_kandinsky5.kandinsky_core.vae import compiled, statistics
 from comfyui_kandinsky5.kandinsky_core.vae.compiled import Compiled
 from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding, decode_with, exact_statistics
@@ -102,17 +103,21 @@ def test_a_host_s_layers_and_batches(vae, normalise):
     assert error(own, wanted) < EXACT
 
 
-def test_one_kernel_serves_all_places_and_sizes(vae, normalise):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_kernel_serves_all_places_and_sizes(normalise, dtype):
     """Where there is no compiler nothing is compiled at all."""
     from torch._dynamo.utils import counters
 
+    vae = tiny_vae(dtype=dtype)
+
     def graphs(z, **settings):
-        decode_with(vae, z, plan_for(z, **settings), normalise=normalise)
+        decode_with(vae, z.to(dtype), plan_for(z, **settings), normalise=normalise)
         return counters["stats"]["unique_graphs"]
 
     first = graphs(latent(1, 1, 2, 2))
     assert graphs(latent(2, 3, 3, 4), chunk=2) == first
     assert graphs(latent(1, 5, 4, 3), chunk=1) == graphs(latent(1, 3, 8, 5), mode=LATE_TILE, tiles=(3, 2)) == first
+    assert (normalise.left is None) == can_compile()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -192,6 +197,18 @@ def test_a_kernel_that_fails_is_left_once_and_nothing_is_lost(vae, clip, monkeyp
     assert faulty.failures == 1 and faulty.calls == at
     assert type(raised).__name__ in line and str(raised) in line and "same picture" in line
     assert normalise.left in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_kernel_a_little_off_is_refused(monkeypatch, dtype):
+    def scales_less(x, parameters, out):
+        _plainly(x, parameters * torch.tensor([1, 0.97, 1])[:, None].to(parameters), out)
+
+    monkeypatch.setattr(compiled, "_kernel", lambda: scales_less)
+    with pytest.raises(BackendUnavailable, match="wrong results"):
+        compiled.check(torch.device("cpu"), dtype)
+    monkeypatch.setattr(compiled, "_kernel", lambda: _plainly)
+    compiled.check(torch.device("cpu"), dtype)
 
 
 def test_a_kernel_that_errs_is_left(vae, clip, monkeypatch, normalise, lines):
