@@ -9,12 +9,22 @@ import torch
 from comfyui_kandinsky5.kandinsky_core.text import load_text_encoder
 from safetensors.torch import save_file
 
+PROMPT = "a blue cube"
+IMAGE = torch.zeros(3, 112, 112)
 QWEN_SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>",
 )  # fmt: skip
 # The end marker is not the largest id: transformers' old lookup by the largest id would go wrong.
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|extra|>")
 QWEN_VOCABULARY, CLIP_VOCABULARY = 256 + len(QWEN_SPECIAL), 256 + len(CLIP_SPECIAL)
+
+
+def same(one, other, atol=0.0):
+    """Assert that two encoders give the same, of a prompt alone and with a picture."""
+    for template, images in (("video", None), ("image_edit", [IMAGE])):
+        left, right = (each.encode(PROMPT, template, images=images) for each in (one, other))
+        torch.testing.assert_close(left.features_LD, right.features_LD, atol=atol, rtol=0)
+        torch.testing.assert_close(left.pooled_P, right.pooled_P, atol=atol, rtol=0)
 
 
 def save_tokenizer(folder: Path, special: tuple[str, ...]) -> Path:
