@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -127,14 +128,17 @@ def test_gradients_of_attention(monkeypatch, grid, groups):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_gradients_of_the_model(model, grid):
+    """With weights half as large: the other tests' make attention so sharp that it amplifies rounding in gradients."""
+    model = deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data /= 2
     found = []
     for extra in (options(Nabla(ON, None), grid), by_mask(Nabla(ON, None), grid)):
         model.zero_grad()
         model(*given(grid), **extra).square().sum().backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters()])
-    model.zero_grad()
+        found.append([parameter.grad for parameter in model.parameters()])
     for ours, expected in zip(*found, strict=True):
-        assert relative_error(ours, expected) <= 1e-3
+        assert relative_error(ours, expected) <= 2e-5
 
 
 @torch.no_grad()
