@@ -25,7 +25,7 @@ def small():
         patch.setattr(run, "WARMUP", 3)
         patch.setattr(autoencoder, "BASIS_CLIPS", ((12, 32), (4, 64)))
         patch.setattr(autoencoder, "BASIS_PICTURES", ((30, 32), (10, 64)))
-        patch.setattr(autoencoder, "TESTS", ((2, 32), (1, 64)))
+        patch.setattr(autoencoder, "TESTS", ((2, 16), (1, 32)))
         patch.setattr(autoencoder, "FRAMES", 5)
         yield
 

@@ -34,7 +34,7 @@ from comfyui_kandinsky5.kandinsky_core.sampling.conditioning import Known
 from comfyui_kandinsky5.kandinsky_core.train.losses import flow_matching_loss, logit_normal_times
 from safetensors.torch import load_file
 
-STEPS = 30
+STEPS, TEXT_STEPS = 16, 30
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 
 
@@ -44,8 +44,8 @@ def shipping(folder, **options):
 
 
 def schedule(frames, prefix):
-    """Every phase for two steps at 32 px."""
-    batches = tuple(Batch(clips=2, frames=count, size_px=32) for count in frames)
+    """Every phase for two steps at 16 px."""
+    batches = tuple(Batch(clips=2, frames=count, size_px=16) for count in frames)
     return Schedule(**{
         part: (Phase(name=prefix + part, batches=batches, steps=2, lr=3e-3),)
         for part in ("encoder", "decoder", "finish")
@@ -63,7 +63,7 @@ def course(*kinds):
 
 
 TINY = Recipe(
-    vae=schedule((1, 5), "vae_"), image_vae=schedule((1,), "image_vae_"), text_steps=STEPS,
+    vae=schedule((1, 5), "vae_"), image_vae=schedule((1,), "image_vae_"), text_steps=TEXT_STEPS,
     video=course("clip", "continuation", "picture"), image=course("picture"), edit=course("edit", "picture"),
     grade_count=2, gate_count=1,
 )  # fmt: skip
