@@ -8,12 +8,14 @@
 #   COMFYUI_DIR  checkout of ComfyUI for the host tests (default: ~/comfy/ComfyUI if it is there)
 #   KANDINSKY5_TOKENIZERS  folder with the public Qwen2.5-VL and CLIP tokenizers, for the token tests where there is
 #                no ComfyUI checkout to take them from
+#   JOBS         processes that run the tests, with one thread each (default: 2; each takes up to 2.5 GB)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 COMFYUI_DIR ?= $(wildcard $(HOME)/comfy/ComfyUI)
+JOBS ?= 2
 
 .PHONY: demo test clean
 
@@ -26,7 +28,7 @@ ifeq ($(COMFYUI_DIR),)
 	@echo "*** No ComfyUI checkout: the tests inside ComfyUI are SKIPPED. Set COMFYUI_DIR to run them. ***"
 	@[ -n "$$KANDINSKY5_TOKENIZERS" ] || echo "*** The tests of real token ids are SKIPPED as well: set KANDINSKY5_TOKENIZERS. ***"
 endif
-	COMFYUI_DIR="$(COMFYUI_DIR)" $(BIN)/python -m pytest
+	COMFYUI_DIR="$(COMFYUI_DIR)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
