@@ -14,8 +14,11 @@ from comfyui_kandinsky5.headless.cli import main
 from comfyui_kandinsky5.kandinsky_core.io import open_checkpoint, save_checkpoint
 from comfyui_kandinsky5.kandinsky_core.io.latents import keep_latent
 from comfyui_kandinsky5.kandinsky_core.io.media import read_image, read_video, write_png
+from comfyui_kandinsky5.kandinsky_core.memory.plan import Plan
 from comfyui_kandinsky5.kandinsky_core.vae import compiled
+from comfyui_kandinsky5.kandinsky_core.vae.plan import AUTO, SINGLE_PASS, plan_decode
 from comfyui_kandinsky5.nodes import host as door
+from comfyui_kandinsky5.nodes.video import K5DecodeVideo
 
 TINY = ["--text-encoder", tiny.QWEN, "--clip", tiny.CLIP]
 VIDEO = [*TINY, "--model", tiny.VIDEO, "--vae", tiny.VIDEO_VAE, "--steps", "2", "--frames", "5"]
@@ -332,6 +335,28 @@ def test_a_saved_latent_becomes_the_same_clip(cli, tmp_path):
     again, first = read_video(out.strip()), read_video(made)
     assert torch.equal(again.frames_THW3, first.frames_THW3) and again.fps == first.fps == 24
     assert len(list((tmp_path / "output/latents").iterdir())) == 1  # the same latent is not kept twice
+
+
+def test_a_decode_mode_of_a_memory_plan_is_that_of_the_resumed_clip(cli, tmp_path, host):
+    """Single-pass and auto differ here, so a mode that got lost would be seen."""
+    samples = torch.randn(1, 16, 6, 6, 8, generator=torch.Generator().manual_seed(0))
+    vae = host.load_vae(host.models / "vae" / tiny.VIDEO_VAE, dtype="auto")
+    spec, thw = tiny.VIDEO_VAE_SPEC, tuple(samples.shape[2:])
+    ways = {mode: plan_decode(spec, thw, free_bytes=None, itemsize=4, mode=mode) for mode in (SINGLE_PASS, AUTO)}
+    frames = {}
+    for mode, way in ways.items():
+        door.install(host)  # a command brings its own
+        plan = Plan(budget_bytes=1 << 30, decode_mode=mode, decode=way)
+        video = K5DecodeVideo.execute(
+            vae, {"samples": samples}, 8.0, f"made/{mode}", "mkv", "lossless", 14.0, "auto", 0.0, 8, plan
+        ).result[0]
+        frames[mode] = read_video(video.path).frames_THW3
+        latent = next(iter(host.latents().values()))
+        code, out, err = cli("decode", latent, "--format", "mkv", "--codec", "lossless", "--device", "cpu")
+        assert code == 0, err
+        assert torch.equal(read_video(out.strip()).frames_THW3, frames[mode])
+        latent.unlink()
+    assert not torch.equal(frames[SINGLE_PASS], frames[AUTO])
 
 
 def test_a_saved_latent_is_found_by_path_and_takes_other_settings(cli, tmp_path):

@@ -217,6 +217,20 @@ def test_what_was_planned_stays_loaded_while_it_fits(host, texts, tight):
         host.sample(handle, request(texts, batch=64))
 
 
+def test_where_what_is_loaded_counts_as_free_a_plan_follows_what_is_free_now(host, texts, tight, monkeypatch):
+    """As on a GPU, whose cached memory a run can have again: whole, then planned, then whole."""
+    handle, wanted, _ = tight
+    monkeypatch.setattr(type(host), "is_processor", False)
+    job = job_of(host, handle, handle.variant, request(texts).latent, 3.0, 7)
+    free = needed(sample_stage(job, Plan(budget_bytes=0, resident_blocks=0, hidden_pieces=16)))
+    found = []
+    for room in (1 << 40, free, 1 << 40):
+        monkeypatch.setattr(host_standalone, "free_bytes", lambda device, room=room: room)
+        found.append((host.sample(handle, request(texts)), len(host.streams), host.sampled_by(handle) is None))
+    assert [rest for _, *rest in found] == [[0, True], [1, False], [0, True]]
+    assert torch.equal(found[0][0], wanted) and torch.equal(found[2][0], wanted)
+
+
 def test_sparse_attention_is_planned_for_as_sparse(host, texts, tight, monkeypatch):
     handle, *_ = tight
     run = Nabla(NablaSettings(mode="on", min_tok=0), handle.variant)
