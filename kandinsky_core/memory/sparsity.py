@@ -39,9 +39,11 @@ def sparse_bytes(
     attending = layout
     if is_cpu:
         copies = 3 * group  # rows of whole blocks; the result is a view of the fourth
+        both = 2 * BLOCK_TOK * spec.head_dim * itemsize  # keys and values of a block
+        gathered = min(max(GATHER_BYTES, round(blocks * kept) * both), pairs * both)
+        whole = 0 if tiles.is_whole else gathered // 2 * blocks * BLOCK_TOK // tiles.tokens  # before slots are left out
         # Keys and values of a piece, and of the piece before.
-        gathered = max(GATHER_BYTES, round(2 * blocks * kept) * BLOCK_TOK * spec.head_dim * itemsize)
-        attending += copies + 2 * gathered + 3 * rows * LONG
+        attending += copies + min(2 * gathered, pairs * both) + whole + 3 * rows * LONG
     grouped = group if heads < spec.heads else 0  # a group's result before it is put in its place
     order = 3 * math.prod(token_thw) * LONG + blocks**2  # the tokens' places, and the window
     return order + grouped + max(choosing, attending)

@@ -172,13 +172,13 @@ def test_pieces_groups_and_a_wide_stream_count_as_they_do(dtype, regime):
     assert found.peak_bytes() == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 
-SPARSE = [(5, 16, 16), (13, 16, 16), (13, 12, 20)]
+SPARSE = [(5, 16, 16), (13, 16, 16), (13, 12, 20), (9, 20, 28)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("token_thw", SPARSE)
 def test_block_sparse_attention_counts_as_it_does(token_thw, precision):
-    """Also on a grid whose tiles are not whole."""
+    """Also on grids whose tiles are not whole."""
     spec, dtype = VARIANTS["nano_video"].spec, torch.float32 if precision == "fp32" else torch.bfloat16
     t, h, w = token_thw
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +200,7 @@ def test_block_sparse_attention_counts_as_it_does(token_thw, precision):
     made = {"batch": 1, "itemsize": dtype.itemsize, "is_cpu": True}
     sparse = sparse_bytes(spec, token_thw, kept=run.record.mean_kept, **made)
     found = Forward(spec=spec, visual_tok=t * h * w, text_tok=64, sparse=sparse, **made).peak_bytes()
-    assert found == pytest.approx(tracker.peak_bytes, rel=0.12)
+    assert found == pytest.approx(tracker.peak_bytes, rel=WITHIN)
 
 
 AUTOENCODED = [

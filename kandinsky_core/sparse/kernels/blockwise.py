@@ -107,10 +107,7 @@ def pieces(layout: BlockLayout, gather_tok: int) -> Iterator[Piece]:
     lengths_K = tiles.lengths_K
     counts_R = layout.counts_R
     own_R = lengths_K.repeat(layout.batch * layout.heads)
-    seen_R = counts_R * BLOCK_TOK
-    if not tiles.is_whole:
-        summed_M1 = starts(lengths_K[layout.columns_M.long()])
-        seen_R = summed_M1[layout.starts_R1].diff()
+    seen_R = _seen(layout)
     # Query blocks alike in key blocks, keys and own tokens come to lie together. One number instead of three: not every
     # device can sort rows.
     kinds_U, kind_R, members_U = (
@@ -129,6 +126,14 @@ def pieces(layout: BlockLayout, gather_tok: int) -> Iterator[Piece]:
             if seen < count * BLOCK_TOK:
                 is_token = slot_64 < lengths_K[column_GC.flatten()].unsqueeze(1)
             yield Piece(query_G, (head_G1 * tiles.blocks + column_GC).flatten(), own, is_token)
+
+
+def _seen(layout: BlockLayout) -> Tensor:
+    """Return how many key tokens each query block sees, `[R]`."""
+    if layout.tiles.is_whole:
+        return layout.counts_R * BLOCK_TOK
+    summed_M1 = starts(layout.tiles.lengths_K[layout.columns_M.long()])
+    return summed_M1[layout.starts_R1].diff()
 
 
 def _blocks(x_BANE: Tensor, layout: BlockLayout) -> Tensor:
