@@ -211,7 +211,7 @@ def sampled_statistics(
 
 
 def _silent(
-    vae: HunyuanVideoVAE, z_BCTHW: Tensor, plan: DecodePlan, source: Recorded, device: torch.device | None
+    vae: HunyuanVideoVAE, z_BCTHW: Tensor, plan: DecodePlan, source: Source, device: torch.device | None
 ) -> Passage:
     device = device or _home(vae)
     return Passage(vae, z_BCTHW, plan, source, device=device, on_piece=_ignore, on_latents=_ignore)

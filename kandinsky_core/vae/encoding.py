@@ -15,10 +15,11 @@ from .hunyuan import HunyuanVideoVAE, check_pixels
 from .moments import Moments
 from .plan import REFERENCE, STREAM, EncodePlan
 from .region import Region
+from .sampled import sampled
 from .stages import encoder_stages
 from .statistics import Given, Recorded, Source, Statistics
 from .stream import Pace, Stream
-from .tiling import OnTile, first_frame, sample_windows, sampled_latents
+from .tiling import OnTile, first_frame, sampled_latents, samples
 
 
 @torch.no_grad()
@@ -79,10 +80,12 @@ def sampled_encode_statistics(
     on_latents: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Estimate the clip's statistics from a few windows, in the memory of an encode under `plan`."""
-    source = Recorded()
-    for window in sample_windows(latent_frames(x_BCTHW.shape[2])):
-        start = VAE_TEMPORAL * window.start  # a window begins with a lone frame, as a clip does
-        x = x_BCTHW[:, :, start : start + pixel_frames(window.stop - window.start)]
+    latents = latent_frames(x_BCTHW.shape[2])
+    source = sampled(latents)
+    for sample in samples(latents):
+        source.enter(sample.window, is_look=sample.is_look)
+        start = VAE_TEMPORAL * sample.frames.start  # a window begins with a lone frame, as a clip does
+        x = x_BCTHW[:, :, start : start + pixel_frames(sample.latents)]
         _encoded(vae, x, plan, source, device or _home(vae), on_latents or (lambda _: None))
     return source.statistics
 

@@ -18,7 +18,7 @@ from ..shapes import VAE_SPATIAL, pixel_frames
 from ..variants import VAESpec
 from . import footprint
 from .footprint import Cut, Network
-from .tiling import OVERLAP, WINDOW, sampled_latents, tile_spans, time_windows
+from .tiling import OVERLAP, WINDOW, samples, tile_spans, time_windows
 
 REFERENCE, STREAM, LATE_TILE, SINGLE_PASS = "reference", "stream", "late-tile", "single-pass"
 MODES = (REFERENCE, STREAM, LATE_TILE, SINGLE_PASS)
@@ -244,7 +244,7 @@ def _chunks(
             yield DecodePlan(
                 mode=mode, latent_thw=latent_thw, chunk=chunk, caches_on_host=on_host, itemsize=itemsize,
                 peak_bytes=footprint.chunk_bytes(spec, network, itemsize, chunk, latent_thw, on_host=on_host),
-                work=_with_statistics(latents) if mode == STREAM and chunk < latents else 1.0,
+                work=_with_statistics(network, latent_thw) if mode == STREAM and chunk < latents else 1.0,
             )  # fmt: skip
 
 
@@ -255,6 +255,7 @@ def _late_tiles(
     latents, rows, columns = latent_thw
     early, late = footprint.decoder_parts(spec)
     grids = _late_grids(spec, latent_thw, tiles)
+    sampling = _with_statistics(footprint.decoder_network(spec), latent_thw)
     for on_host in (False, True):
         for work, grid, tile in grids:
             for chunk in _possible(LATE_CHUNKS, latents):
@@ -264,7 +265,7 @@ def _late_tiles(
                     yield DecodePlan(
                         mode=LATE_TILE, latent_thw=latent_thw, chunk=chunk, tiles=grid, caches_on_host=on_host,
                         peak_bytes=footprint.late_bytes(spec, itemsize, chunk, latent_thw, tile, on_host=on_host),
-                        work=work * _with_statistics(latents), itemsize=itemsize,
+                        work=work * sampling, itemsize=itemsize,
                     )  # fmt: skip
 
 
@@ -319,7 +320,7 @@ def encode_plans(
                 yield EncodePlan(
                     mode=STREAM, latent_thw=latent_thw, chunk=chunk, caches_on_host=on_host, itemsize=itemsize,
                     peak_bytes=footprint.chunk_bytes(spec, network, itemsize, chunk, latent_thw, on_host=on_host),
-                    work=_with_statistics(latents) if chunk < latents else 1.0,
+                    work=_with_statistics(network, latent_thw) if chunk < latents else 1.0,
                 )  # fmt: skip
 
 
@@ -329,9 +330,11 @@ def _ideal(network: Network, latent_thw: tuple[int, int, int]) -> int:
     return network.macs(latents, [Cut.whole(rows)], [Cut.whole(columns)])
 
 
-def _with_statistics(latents: int) -> float:
-    """Work with that of sampling the statistics, over the decode's own."""
-    return 1 + sampled_latents(latents) / latents
+def _with_statistics(network: Network, latent_thw: tuple[int, int, int]) -> float:
+    """Work with that of sampling the statistics, over the work without."""
+    latents, *sides = latent_thw
+    run = sum(_ideal(network, (sample.latents, *sides)) for sample in samples(latents))
+    return 1 + run / _ideal(network, latent_thw)
 
 
 def _possible(chunks: Iterable[int], latents: int) -> list[int]:

@@ -8,7 +8,7 @@ Shape legend: B batch, C channels, G groups, T/H/W frames, rows, columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -41,6 +41,10 @@ class GroupMoments:
             self.mean_BG + step_BG * (other.count / count),
             self.spread_BG + other.spread_BG + step_BG.square() * (self.count * other.count / count),
         )
+
+    def weighing(self, count: int) -> GroupMoments:
+        """Let them stand for so many values."""
+        return GroupMoments(count, self.mean_BG, self.spread_BG * (count / self.count))
 
     def to(self, device: torch.device) -> GroupMoments:
         """Move to a device."""
@@ -143,8 +147,7 @@ class Given:
 class Recorded:
     """Pools all that is seen, and normalises whole frames with their own moments, tiles with the pool so far.
 
-    In one pass over a whole clip both are exactly what GroupNorm itself computes. A tile's own moments would differ
-    from its neighbours'; a few frames' own ones, pooled, come nearer to the clip's than the growing pool does.
+    In one pass over a whole clip both are exactly what GroupNorm itself computes.
     """
 
     def __init__(self) -> None:
@@ -176,6 +179,75 @@ class Recorded:
         self._kept = {name: moments.to(device) for name, moments in self._kept.items()}
 
 
+class Sampled:
+    """Pools windows of a clip, and normalises them with what the pool will be, as far as that is known.
+
+    A look at the first latent frame of each window stands for what has not been run yet. So windows and tiles are
+    normalised nearly alike from the start on, as the decode itself will be.
+
+    Normalised with their own moments alone, whole frames would lose what sets them apart from others; with the pool
+    alone, an error in it would grow from layer to layer. So they count once more, at half the pool's weight. A tile's
+    own moments tell little of the frame: tiles take the pool.
+    """
+
+    def __init__(self, latents: Sequence[int]) -> None:
+        self._latents = latents  # of each window
+        self._looks: list[dict[str, GroupMoments]] = [{} for _ in latents]
+        self._kept: list[dict[str, GroupMoments]] = [{} for _ in latents]
+        self._draft: dict[str, GroupMoments] = {}
+        self._window = 0
+        self._present = self._looks
+
+    @property
+    def statistics(self) -> Statistics:
+        """All that was seen of the windows, without the looks."""
+        return Statistics(
+            {name: _pooled([kept[name] for kept in self._kept if name in kept]) for name in self._kept[0]}
+        )
+
+    def enter(self, window: int, *, is_look: bool) -> None:
+        """Say what is run next; all looks come before the windows."""
+        self._window = window
+        self._present = self._looks if is_look else self._kept
+
+    def begin(self) -> None:
+        """Forget what was seen since the last commit."""
+        self._draft = {}
+
+    def commit(self) -> None:
+        """Keep what was seen since `begin`."""
+        self._present[self._window] |= self._draft
+
+    def moments(self, seen: Seen) -> GroupMoments:
+        """Add to the pool."""
+        new = measure(seen.core.crop(seen.x), seen.groups)
+        old = self._present[self._window].get(seen.name)
+        self._draft[seen.name] = new if old is None else old.merged(new)
+        windows = range(len(self._latents))
+        if self._present is self._looks:
+            return _pooled(look for window in windows if (look := self._found(seen.name, window)))
+        pool = _pooled(part for window in windows for part in self._parts(seen, window))
+        return pool.merged(new.weighing(pool.count // 2)) if seen.whole else pool
+
+    def _found(self, name: str, window: int) -> GroupMoments | None:
+        return self._draft[name] if window == self._window else self._present[window].get(name)
+
+    def _parts(self, seen: Seen, window: int) -> Iterator[GroupMoments]:
+        """Yield what was seen of a window, and its look for the rest."""
+        found, look = self._found(seen.name, window), self._looks[window][seen.name]
+        if found is not None:
+            yield found
+        # The look is one frame on every level; latent frames after a window's first have `rate`.
+        left = look.count * (1 + (self._latents[window] - 1) * seen.rate) - (found.count if found else 0)
+        if left > 0:
+            yield look.weighing(left)
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device."""
+        for store in (*self._looks, *self._kept):
+            store |= {name: moments.to(device) for name, moments in store.items()}
+
+
 class Running:
     """Normalises with the last 17 latent frames or more, the present ones included: causal, one pass."""
 
@@ -186,7 +258,7 @@ class Running:
     @property
     def statistics(self) -> Statistics:
         """The present windows."""
-        return Statistics({name: _pooled(window) for name, window in self._kept.items()})
+        return Statistics({name: _windowed(window) for name, window in self._kept.items()})
 
     def begin(self) -> None:
         """Forget what was seen since the last commit."""
@@ -202,7 +274,7 @@ class Running:
         while sum(frames for frames, _ in window[1:]) >= RUNNING_LATENTS * seen.rate:
             del window[0]
         self._draft[seen.name] = window
-        return _pooled(window)
+        return _windowed(window)
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
@@ -210,8 +282,12 @@ class Running:
             window[:] = [(frames, moments.to(device)) for frames, moments in window]
 
 
-def _pooled(window: list[tuple[int, GroupMoments]]) -> GroupMoments:
-    return reduce(GroupMoments.merged, (moments for _, moments in window))
+def _windowed(window: list[tuple[int, GroupMoments]]) -> GroupMoments:
+    return _pooled(moments for _, moments in window)
+
+
+def _pooled(parts: Iterable[GroupMoments]) -> GroupMoments:
+    return reduce(GroupMoments.merged, parts)
 
 
 @dataclass(frozen=True, slots=True)

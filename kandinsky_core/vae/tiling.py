@@ -22,6 +22,7 @@ OnTile = Callable[[int, int], None]  # (passes done, passes in all); may raise t
 WINDOW = latent_frames(17)  # latent frames per window
 WINDOW_STRIDE = 2  # latent frames between windows: 8 frames
 OVERLAP = 4  # latent rows or columns two tiles share: 32 px
+SAMPLED, SAMPLED_OF = 3, 10  # so many latent frames are run for statistics, of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +83,41 @@ def time_windows(frames: int) -> tuple[Span, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Latent frames that are run for their statistics: a window, or beforehand a first look at it."""
+
+    window: int
+    frames: slice
+    is_look: bool
+
+    @property
+    def latents(self) -> int:
+        """Return how many latent frames it has."""
+        return self.frames.stop - self.frames.start
+
+
 def sample_windows(latents: int) -> tuple[slice, ...]:
-    """Choose what is sampled: the first, the middle and the last 5 latent frames, fewer windows of a short clip."""
-    last = max(latents - WINDOW, 0)
-    starts = {0, last} if latents < 3 * WINDOW else {0, last // 2, last}
-    return tuple(slice(start, min(start + WINDOW, latents)) for start in sorted(starts))
+    """Choose the windows of 3 latent frames: one for every 10, three at least, evenly from the first to the last."""
+    length = min(SAMPLED, latents)
+    count = min(max(3, math.ceil(latents / SAMPLED_OF)), math.ceil(latents / length))
+    last, gaps = latents - length, max(count - 1, 1)
+    return tuple(slice(start, start + length) for start in (index * last // gaps for index in range(count)))
+
+
+def samples(latents: int) -> tuple[Sample, ...]:
+    """List what is run for the statistics of a clip: the first latent frame of every window, then the windows."""
+    windows = list(enumerate(sample_windows(latents)))
+    return tuple(
+        Sample(index, slice(window.start, window.start + 1 if is_look else window.stop), is_look)
+        for is_look in (True, False)
+        for index, window in windows
+    )
 
 
 def sampled_latents(latents: int) -> int:
-    """Return how many latent frames sampling computes."""
-    return sum(window.stop - window.start for window in sample_windows(latents))
+    """Return how many latent frames sampling runs."""
+    return sum(sample.latents for sample in samples(latents))
 
 
 def tile_spans(cells: int, tile_px: int) -> tuple[Span, ...]:

@@ -55,11 +55,9 @@ def known(vae, host, monkeypatch):
 
     class Known(decoding.Sampling):
         def __init__(self, *_):
-            super().__init__(0, None)
+            super().__init__(1, None)
             self.source = SimpleNamespace(statistics=statistics)
-
-        def run(self):
-            pass
+            self._samples = []
 
     monkeypatch.setattr(decoding, "Sampling", Known)
     return decode_images(vae, LATENT, Wanted())[0]

@@ -64,18 +64,16 @@ def windows_flicker(vae, clips):
 
 @pytest.mark.parametrize(("mode", "tiles"), [(STREAM, (1, 1)), (LATE_TILE, (2, 2))])
 def test_sampled_statistics_come_near_the_whole(vae, clips, windows_flicker, mode, tiles):
-    flickers, seams = [], []
+    flickers = []
     for truth, z, whole in clips:
         out = decode_with(vae, z, DecodePlan(mode=mode, latent_thw=THW, chunk=2, tiles=tiles))
         assert decibels(out, whole) >= 45
-        assert flicker(out, truth) <= 1.1 * flicker(whole, truth)
+        assert seam(out - whole) <= 1.05
         assert seam(out) <= 1.01 * seam(whole)
         assert abs(decibels(out, truth) - decibels(whole, truth)) < 1
         flickers.append(flicker(out, truth))
-        seams.append(seam(out - whole))
-    assert sum(flickers) <= 1.02 * sum(flicker(whole, truth) for truth, _, whole in clips)
-    assert sum(flickers) < windows_flicker
-    assert sum(seams) <= 1.05 * len(seams)  # of one clip's tiny error it says little: without tiles it reaches 1.1, too
+        assert flickers[-1] <= 1.02 * flicker(whole, truth)
+    assert sum(flickers) <= sum(flicker(whole, truth) for truth, _, whole in clips) < windows_flicker
 
 
 def test_a_seam_is_seen(vae, clips):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from comfyui_kandinsky5.kandinsky_core.errors import ShapeError
@@ -13,11 +15,12 @@ from comfyui_kandinsky5.kandinsky_core.vae.statistics import (
     Norm,
     Recorded,
     Running,
+    Sampled,
     Seen,
     Statistics,
     measure,
 )
-from comfyui_kandinsky5.kandinsky_core.vae.tiling import sample_windows, sampled_latents
+from comfyui_kandinsky5.kandinsky_core.vae.tiling import sample_windows, sampled_latents, samples
 from tiny_vae import Own
 from torch import nn
 from torch.testing import assert_close
@@ -101,12 +104,76 @@ def test_statistics_of_another_shape_are_refused():
 
 
 def test_sampled_windows_stay_inside_the_clip():
-    for latents in range(1, 70):
+    for latents in range(1, 140):
         windows = sample_windows(latents)
         assert windows[0].start == 0 and windows[-1].stop == latents
-        assert {window.stop - window.start for window in windows} == {min(latents, 5)}
-    assert sample_windows(31) == (slice(0, 5), slice(13, 18), slice(26, 31))
-    assert sampled_latents(31) == 15
+        assert {window.stop - window.start for window in windows} == {min(latents, 3)}
+        assert all(before.start < after.start for before, after in pairwise(windows))
+        gaps = [after.start - before.stop for before, after in pairwise(windows)]
+        assert max(gaps, default=0) <= 11
+    assert sample_windows(31) == (slice(0, 3), slice(9, 12), slice(18, 21), slice(28, 31))
+    assert sampled_latents(31) == 4 * (1 + 3)
+
+
+def test_a_look_at_every_window_comes_first():
+    runs = samples(13)
+    assert [run.is_look for run in runs] == [True] * 3 + [False] * 3
+    assert [run.frames for run in runs] == [
+        slice(0, 1), slice(5, 6), slice(10, 11), slice(0, 3), slice(5, 8), slice(10, 13),
+    ]  # fmt: skip
+    assert [run.window for run in runs] == [0, 1, 2] * 2
+
+
+def look_and_run(parts, looks, rate=4, **place):
+    """Feed two windows of two latent frames; return what they were normalised with, and the source."""
+    source, used = Sampled([2, 2]), []
+    for is_look, windows in ((True, looks), (False, parts)):
+        for window, pieces in enumerate(windows):
+            source.enter(window, is_look=is_look)
+            for piece in pieces:
+                source.begin()
+                source.moments(seen(piece, rate, **place))
+                source.begin()  # the step failed and runs again
+                used.append(source.moments(seen(piece, rate, **place)))
+                source.commit()
+    return used, source
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+def test_sampled_statistics_are_those_of_the_windows_alone(cut):
+    x = torch.randn(2, 1, 8, 5, 4, 6, dtype=torch.float64) * 3 + 1
+    looks = [[window[:, :, :1] * 7] for window in x]
+    _, source = look_and_run([window.split(cut, 2) for window in x], looks)
+    wanted, found = measure(torch.cat(list(x), 2), 4), source.statistics.moments["norm"]
+    assert found.count == wanted.count
+    assert_close((found.mean_BG, found.spread_BG), (wanted.mean_BG, wanted.spread_BG))
+
+
+def test_a_look_stands_for_what_is_not_run_yet():
+    """Tiles: the left half of each frame, then the right one, both normalised with the whole."""
+    x = torch.randn(2, 1, 8, 5, 4, 6, dtype=torch.float64) * 3 + 1
+    x[:] = x[:, :, :, :1]  # each window stands still, so that a look says all
+    left, right = Region(0, 4, 0, 3), Region(0, 4, 3, 6)
+    source = Sampled([2, 2])
+    wanted = measure(torch.cat(list(x), 2), 4)
+    for is_look in (True, False):
+        for window in range(2):
+            source.enter(window, is_look=is_look)
+            for core in (left, right):
+                source.begin()
+                used = source.moments(seen(x[window][:, :, : 1 if is_look else 5], 4, core=core))
+                source.commit()
+                if not is_look and core == right:
+                    assert_close((used.mean_BG, used.spread_BG), (wanted.mean_BG, wanted.spread_BG))
+                    assert used.count == wanted.count
+
+
+def test_whole_frames_count_once_more_at_half_weight():
+    x = torch.randn(2, 1, 8, 5, 4, 6, dtype=torch.float64) * 3 + torch.tensor([1.0, 9.0]).view(2, 1, 1, 1, 1, 1)
+    used, _ = look_and_run([[window] for window in x], [[window[:, :, :1]] for window in x])
+    wanted, last = measure(torch.cat([x[0], x[1], x[1]], 2), 4), used[-1]
+    assert last.count == wanted.count
+    assert_close((last.mean_BG, last.spread_BG), (wanted.mean_BG, wanted.spread_BG))
 
 
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2)])
