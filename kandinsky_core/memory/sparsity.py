@@ -22,8 +22,8 @@ def sparse_bytes(
 ) -> int:
     """Bytes at the peak of one attention that keeps a share `kept` of the block pairs.
 
-    On a processor the keys and values of each query block are gathered; other devices are taken to have a kernel that
-    reads them in place.
+    On a processor the keys and values of each query block are gathered, more of them on a grid whose tiles are not
+    whole; other devices are taken to have a kernel that reads them in place.
     """
     tiles = Tiles(token_thw)
     blocks = tiles.blocks
@@ -41,9 +41,10 @@ def sparse_bytes(
         copies = 3 * group  # rows of whole blocks; the result is a view of the fourth
         both = 2 * BLOCK_TOK * spec.head_dim * itemsize  # keys and values of a block
         gathered = min(max(GATHER_BYTES, round(blocks * kept) * both), pairs * both)
-        whole = 0 if tiles.is_whole else gathered // 2 * blocks * BLOCK_TOK // tiles.tokens  # before slots are left out
+        # Where blocks are not whole, their tokens are copied once more, out of the values' slots.
+        slots = 0 if tiles.is_whole else gathered // 2 * blocks * BLOCK_TOK // tiles.tokens
         # Keys and values of a piece, and of the piece before.
-        attending += copies + min(2 * gathered, pairs * both) + whole + 3 * rows * LONG
+        attending += copies + min(2 * gathered, pairs * both) + slots + 3 * rows * LONG
     grouped = group if heads < spec.heads else 0  # a group's result before it is put in its place
     order = 3 * math.prod(token_thw) * LONG + blocks**2  # the tokens' places, and the window
     return order + grouped + max(choosing, attending)

@@ -15,7 +15,7 @@ from .hunyuan import HunyuanVideoVAE, check_pixels
 from .moments import Moments
 from .plan import REFERENCE, STREAM, EncodePlan
 from .region import Region
-from .sampled import sampled
+from .sampled import source_for
 from .stages import encoder_stages
 from .statistics import Given, Recorded, Source, Statistics
 from .stream import Pace, Stream
@@ -81,7 +81,7 @@ def sampled_encode_statistics(
 ) -> Statistics:
     """Estimate the clip's statistics from a few windows, in the memory of an encode under `plan`."""
     latents = latent_frames(x_BCTHW.shape[2])
-    source = sampled(latents)
+    source = source_for(latents)
     for sample in samples(latents):
         source.enter(sample.window, is_look=sample.is_look)
         start = VAE_TEMPORAL * sample.frames.start  # a window begins with a lone frame, as a clip does

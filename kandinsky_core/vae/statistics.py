@@ -225,7 +225,8 @@ class Sampled:
         self._draft[seen.name] = new if old is None else old.merged(new)
         windows = range(len(self._latents))
         if self._present is self._looks:
-            return _pooled(look for window in windows if (look := self._found(seen.name, window)))
+            looks = (self._found(seen.name, window) for window in windows)
+            return _pooled(look for look in looks if look is not None)
         pool = _pooled(part for window in windows for part in self._parts(seen, window))
         return pool.merged(new.weighing(pool.count // 2)) if seen.whole else pool
 
@@ -238,7 +239,7 @@ class Sampled:
         if found is not None:
             yield found
         # The look is one frame on every level; latent frames after a window's first have `rate`.
-        left = look.count * (1 + (self._latents[window] - 1) * seen.rate) - (found.count if found else 0)
+        left = look.count * (1 + (self._latents[window] - 1) * seen.rate) - (0 if found is None else found.count)
         if left > 0:
             yield look.weighing(left)
 

@@ -22,7 +22,8 @@ OnTile = Callable[[int, int], None]  # (passes done, passes in all); may raise t
 WINDOW = latent_frames(17)  # latent frames per window
 WINDOW_STRIDE = 2  # latent frames between windows: 8 frames
 OVERLAP = 4  # latent rows or columns two tiles share: 32 px
-SAMPLED, SAMPLED_OF = 3, 10  # so many latent frames are run for statistics, of so many
+SAMPLED = 3  # latent frames of a window that is run for statistics
+SAMPLED_OF = 15  # latent frames a window stands for in a long clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,17 @@ class Sample:
 
 
 def sample_windows(latents: int) -> tuple[slice, ...]:
-    """Choose the windows of 3 latent frames: one for every 10, three at least, evenly from the first to the last."""
-    length = min(SAMPLED, latents)
-    count = min(max(3, math.ceil(latents / SAMPLED_OF)), math.ceil(latents / length))
-    last, gaps = latents - length, max(count - 1, 1)
-    return tuple(slice(start, start + length) for start in (index * last // gaps for index in range(count)))
+    """Choose the windows: all of a clip up to 9 latent frames in parts of up to 3, of a longer one three or more.
+
+    They lie evenly from the first latent frame to the last, one for every 15 in a long clip, and do not overlap.
+    """
+    if latents <= 3 * SAMPLED:
+        count = math.ceil(latents / SAMPLED)
+        edges = [index * latents // count for index in range(count + 1)]
+        return tuple(slice(start, stop) for start, stop in pairwise(edges))
+    gaps = max(3, math.ceil(latents / SAMPLED_OF)) - 1
+    starts = [index * (latents - SAMPLED) // gaps for index in range(gaps + 1)]
+    return tuple(slice(start, start + SAMPLED) for start in starts)
 
 
 def samples(latents: int) -> tuple[Sample, ...]:

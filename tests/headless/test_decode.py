@@ -57,7 +57,9 @@ def known(vae, host, monkeypatch):
         def __init__(self, *_):
             super().__init__(1, None)
             self.source = SimpleNamespace(statistics=statistics)
-            self._samples = []
+
+        def run(self):
+            pass
 
     monkeypatch.setattr(decoding, "Sampling", Known)
     return decode_images(vae, LATENT, Wanted())[0]

@@ -256,7 +256,7 @@ lengths = st.integers(0, 60).map(lambda latents: 4 * latents + 1)
     precision=st.sampled_from(sorted(PRECISIONS)), place=st.sampled_from(["processor", "device", "device, sparse"]),
 )  # fmt: skip
 def test_more_of_anything_needs_no_less(name, width, height, frames, batch, grown, by, precision, place):
-    """Block-sparse attention on a processor is left out: it treats fewer heads together when there are more blocks."""
+    """Block-sparse attention on a processor is left out: it takes less on whole tiles, and with fewer heads at once."""
     row = VARIANTS[name]
     is_cpu, kept = place == "processor", 0.25 if place == "device, sparse" else 1.0
     small = {"width": width, "height": height, "frames": 1 if row.frames == (1,) else frames, "batch": batch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from comfyui_kandinsky5.kandinsky_core.io.load import load_vae
 from comfyui_kandinsky5.kandinsky_core.nano import files
 from comfyui_kandinsky5.kandinsky_core.nano.codec import pixels
 from comfyui_kandinsky5.kandinsky_core.nano.draw import draw, scene
-from comfyui_kandinsky5.kandinsky_core.vae.decoding import decode_with
+from comfyui_kandinsky5.kandinsky_core.vae import causal
+from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding, decode_with
 from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, STREAM, DecodePlan, plan_decode
 from comfyui_kandinsky5.kandinsky_core.vae.tiling import single_plan
 
@@ -73,7 +75,33 @@ def test_sampled_statistics_come_near_the_whole(vae, clips, windows_flicker, mod
         assert abs(decibels(out, truth) - decibels(whole, truth)) < 1
         flickers.append(flicker(out, truth))
         assert flickers[-1] <= 1.02 * flicker(whole, truth)
-    assert sum(flickers) <= sum(flicker(whole, truth) for truth, _, whole in clips) < windows_flicker
+    whole_flicker = sum(flicker(whole, truth) for truth, _, whole in clips)
+    assert sum(flickers) <= 1.002 * whole_flicker  # 0.998 and 1.000 were seen; rounding may differ
+    assert sum(flickers) < windows_flicker
+
+
+@pytest.mark.parametrize("at", [20, 100, 180])  # in a look, in two windows
+def test_statistics_taken_in_changing_pieces_come_near_the_whole(vae, clips, monkeypatch, at):
+    """Memory runs out while statistics are sampled from whole frames, which goes on tile by tile."""
+    _, z, whole = clips[2]
+    calls, out = itertools.count(), torch.empty_like(whole)
+
+    def failing(*args, tail=causal.Padded.tail):
+        if next(calls) == at:
+            raise MemoryError
+        return tail(*args)
+
+    def put(piece):
+        out[:, :, piece.frames, piece.rows, piece.columns] = piece.pixels_BCTHW
+
+    monkeypatch.setattr(causal.Padded, "tail", failing)
+    decoding = Decoding(vae, z, DecodePlan(mode=STREAM, latent_thw=THW, chunk=2), on_piece=put)
+    with pytest.raises(MemoryError):
+        decoding.run()
+    assert decoding.statistics is None
+    decoding.replan(DecodePlan(mode=LATE_TILE, latent_thw=THW, chunk=1, tiles=(2, 2)))
+    decoding.run()
+    assert decibels(out, whole) >= 45
 
 
 def test_a_seam_is_seen(vae, clips):

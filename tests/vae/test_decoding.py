@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from comfyui_kandinsky5.kandinsky_core.errors import ShapeError
 from comfyui_kandinsky5.kandinsky_core.vae import causal, passage, stages, stream
-from comfyui_kandinsky5.kandinsky_core.vae.decoding import Decoding, decode_with, exact_statistics
+from comfyui_kandinsky5.kandinsky_core.vae.decoding import (
+    Decoding,
+    decode_with,
+    exact_statistics,
+    sampled_statistics,
+)
 from comfyui_kandinsky5.kandinsky_core.vae.plan import LATE_TILE, REFERENCE, SINGLE_PASS, STREAM
 from comfyui_kandinsky5.kandinsky_core.vae.tiling import single_plan, window_plan
 from tiny_vae import EXACT, Own, error, latent, plan_for, tiny_vae
@@ -299,14 +304,26 @@ def test_sampling_resumes_at_every_step(small, monkeypatch):
     assert error(canvas.out, wanted) < EXACT
 
 
+@pytest.mark.parametrize("at", [3, 60, 100])  # in a look, at a window, further on
 @pytest.mark.parametrize("mode", [REFERENCE, SINGLE_PASS, STREAM, LATE_TILE])
-def test_sampling_goes_on_under_another_plan(small, monkeypatch, mode):
-    Faulty(monkeypatch, lambda call: call in (60, 70))
+def test_sampling_goes_on_under_another_plan(small, monkeypatch, mode, at):
+    plan = plan_for(small.z, mode, tiles=(2, 1) if mode == LATE_TILE else (1, 1), chunk=1)
+    Faulty(monkeypatch, lambda call: call in (at, at + 10))
     canvas = Canvas(small.whole)
     decoding = Decoding(small.vae, small.z, plan_for(small.z, chunk=3), on_piece=canvas)
-    tiles = (2, 1) if mode == LATE_TILE else (1, 1)
-    finish(decoding, lambda: decoding.replan(plan_for(small.z, mode, tiles=tiles, chunk=1)))
-    assert canvas.out.isfinite().all() and (decoding.statistics is None) == (mode in (REFERENCE, SINGLE_PASS))
+    finish(decoding, lambda: decoding.replan(plan))
+    assert (decoding.statistics is None) == (mode in (REFERENCE, SINGLE_PASS))
+    if mode in (REFERENCE, SINGLE_PASS):
+        assert error(canvas.out, decode_with(small.vae, small.z, plan)) < EXACT
+        return
+    assert canvas.out.isfinite().all()
+    undisturbed = sampled_statistics(small.vae, small.z, plan)
+    assert counts(decoding.statistics) == counts(undisturbed)
+
+
+def counts(statistics):
+    """How many values of each norm were seen."""
+    return {name: moments.count for name, moments in statistics.moments.items()}
 
 
 @pytest.mark.parametrize(("mode", "tiles"), [(STREAM, (1, 1)), (LATE_TILE, (2, 1))])

@@ -22,6 +22,7 @@ from ..tiles import BLOCK_TOK
 GATHER_BYTES = 1 << 20  # keys and values gathered at once: on a CPU what stays in a core's cache
 DEVICE_GATHER_BYTES = 1 << 27
 KEYS = 1 << 28  # more than any query block sees
+COUNTED = 1 << 20  # kept blocks whose tokens are counted at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,15 @@ def _seen(layout: BlockLayout) -> Tensor:
     """Return how many key tokens each query block sees, `[R]`."""
     if layout.tiles.is_whole:
         return layout.counts_R * BLOCK_TOK
-    summed_M1 = starts(layout.tiles.lengths_K[layout.columns_M.long()])
-    return summed_M1[layout.starts_R1].diff()
+    # Some rows after the other: in long integers a list of all kept blocks is several times as large as their keys.
+    lengths_K, starts_R1 = layout.tiles.lengths_K, layout.starts_R1
+    step = max(1, COUNTED // layout.tiles.blocks)
+    seen = []
+    for first in range(0, len(starts_R1) - 1, step):
+        start_R1 = starts_R1[first : first + step + 1]
+        columns_M = layout.columns_M[start_R1[0] : start_R1[-1]]
+        seen.append(starts(lengths_K[columns_M.long()])[start_R1 - start_R1[0]].diff())
+    return torch.cat(seen)
 
 
 def _blocks(x_BANE: Tensor, layout: BlockLayout) -> Tensor:
