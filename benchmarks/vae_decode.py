@@ -7,7 +7,7 @@ timed: published widths, random weights, a small clip, against diffusers' window
 counted: peak live bytes of a real size, the graphs run on the meta device, where nothing is computed.
 planned: for published sizes and cards, what the planner chooses and its multiply-adds over those of one pass.
 
-Sampling the statistics counts in the time of our modes and in `work`: 8 latent frames beside the 5 in 17 frames, but 16
+Sampling the statistics counts in the time of our modes and in `work`: 7 latent frames beside the 5 in 17 frames, but 12
 beside the 31 in 121. `…_given` runs and `work_of_tiles` leave it out. `…_compiled` runs compile the norms while they
 warm up. Random weights make pictures without meaning: `vae_quality.py` compares those.
 
