@@ -304,7 +304,7 @@ def test_sampling_resumes_at_every_step(small, monkeypatch):
     assert error(canvas.out, wanted) < EXACT
 
 
-@pytest.mark.parametrize("at", [3, 60, 100])  # in a look, at a window, further on
+@pytest.mark.parametrize("at", [3, 60, 100])  # in a look, in the other one, in a window
 @pytest.mark.parametrize("mode", [REFERENCE, SINGLE_PASS, STREAM, LATE_TILE])
 def test_sampling_goes_on_under_another_plan(small, monkeypatch, mode, at):
     plan = plan_for(small.z, mode, tiles=(2, 1) if mode == LATE_TILE else (1, 1), chunk=1)
